@@ -1,0 +1,102 @@
+"""Command lines over dataclasses: presets, overrides, and one-line answers to a wrong call."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import runpy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+import tyro
+
+from nanojax.config import Config
+from nanojax.errors import UserError
+
+T = TypeVar("T")
+FLAGS_OF_ALL = ("--help", "--debug")
+
+
+def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, default: T | None = None) -> T:
+    """argv -> an instance of the dataclass `spec`, whose docstrings make the help text.
+
+    Prints help and exits 0 on --help. Raises UserError in one line on anything that does not parse.
+    """
+    known = [*flags(spec), *FLAGS_OF_ALL, "-h"]
+    for arg in argv:
+        name = arg.split("=")[0].replace("_", "-")
+        if re.match(r"--?[a-zA-Z]", name) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UserError(f"unknown option {name}; {f'did you mean {near[0]}?' if near else f'see {prog} --help'}")
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(out):
+            return tyro.cli(
+                spec,
+                prog=prog,
+                description=description,
+                default=default,
+                args=[arg for arg in argv if arg != "--debug"],
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(one_line(out.getvalue()) + f"; see {prog} --help") from None
+
+
+def flags(spec: Any, prefix: str = "") -> list[str]:
+    """Every flag that `parse` takes for a dataclass, in the spelling of the help."""
+    found: list[str] = []
+    for name, hint in get_type_hints(spec, include_extras=True).items():
+        inner = getattr(hint, "__origin__", hint)
+        confs = [m for m in getattr(hint, "__metadata__", ()) if getattr(m, "name", None) is not None]
+        label = confs[0].name if confs else name
+        if dataclasses.is_dataclass(inner):
+            found += flags(inner, prefix + (label + "." if label else ""))
+        elif "Positional" not in str(hint):
+            whole = f"{prefix}{label}" if not confs or confs[0].prefix_name is not False else label
+            whole = whole.replace("_", "-")
+            found.append(f"--{whole}")
+            if inner is bool:
+                head, _, tail = whole.rpartition(".")
+                found.append(f"--{head + '.' if head else ''}no-{tail}")
+    return found
+
+
+def one_line(box: str) -> str:
+    """The words of tyro's boxed message, without the box and without its pointer to the help."""
+    words = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
+    text = " ".join(filter(None, words))
+    return re.sub(r"\s+", " ", re.split("Argument helptext:|For full helptext", text)[0]).strip(" .") or "the command line does not parse"
+
+
+def split_preset(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """(config of the preset that argv names first, the other arguments). Without one: the default config.
+
+    A preset is Python that assigns `config`; it is run, as any program that you name on the command line.
+    """
+    if not argv or argv[0].startswith("-"):
+        return Config(), list(argv)
+    return load_preset(argv[0]), list(argv[1:])
+
+
+def load_preset(path: str | Path) -> Config:
+    """Run a preset file and return its `config`. Raises UserError naming the file and what is wrong with it."""
+    if Path(path).suffix != ".py" or not Path(path).is_file():
+        have = sorted(str(p) for p in Path("configs").glob("*.py"))
+        near = difflib.get_close_matches(str(path), have, n=1, cutoff=0.3)
+        raise UserError(f"a preset is a Python file that assigns `config`, given {str(path)!r}, which is none; try {near[0] if near else 'configs/tiny.py'}")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except UserError as error:
+        raise UserError(f"preset {path}: {error}") from error
+    except Exception as error:  # the user's own code: whatever it raises is theirs to mend
+        raise UserError(f"preset {path} raised {type(error).__name__}: {error}; run it with python to see where") from error
+    if not isinstance(config, Config):
+        raise UserError(f"a preset must assign `config = Config(...)`, and {path} has config={config!r}")
+    return config

@@ -1,0 +1,307 @@
+"""What a run is: frozen dataclasses, one per noun, with the checks that cross their fields and the command line over them.
+
+A field that is None is derived; `Config.resolved` fills it in. Nothing here imports jax, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from nanojax.errors import UserError
+
+Attention = Literal["auto", "cudnn", "xla", "reference"]
+ComputeDtype = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16"]
+Packing = Literal["best_fit", "concat"]
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+VOCAB_MULTIPLE = 128  # padding that keeps the head's matrix product on full tiles and divisible by any tensor axis
+
+
+def round_up(x: float, multiple: int) -> int:
+    """Smallest multiple of `multiple` that is at least x."""
+    return math.ceil(x / multiple) * multiple
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    depth: int = 12
+    """Layers; the one dial from which width, heads, batch and steps follow."""
+    seq_len: int = 2048
+    """Tokens in a row, T."""
+    vocab_size: int = 32768
+    """Tokens in the vocabulary that is trained on the corpus; a named or loaded tokenizer brings its own."""
+    d_model: int | None = None
+    """Width, D. Derived: 64 a layer, rounded up to whole heads."""
+    head_dim: int = 128
+    """Size of one attention head, H; even."""
+    n_kv_head: int | None = None
+    """Key and value heads, K (grouped-query attention). Derived: as many as query heads."""
+    ffn: Literal["swiglu", "relu2"] = "swiglu"
+    """Feed-forward: SwiGLU, or squared ReLU."""
+    d_ffn: int | None = None
+    """Hidden size of the feed-forward, F. Derived: 8D/3 rounded up to 256 for swiglu, 4D for relu2."""
+    norm: Literal["learnable", "fixed"] = "learnable"
+    """RMSNorm with a gain that learns, or without one; the norm of queries and keys follows it."""
+    qk_norm: bool = True
+    """Normalise queries and keys before they are rotated."""
+    rope_base: float = 100_000.0
+    """Base of the rotary position embedding."""
+    softcap: float | None = None
+    """Bound c on the logits, c * tanh(logits / c)."""
+    embed_norm: bool = True
+    """Normalise the embedded tokens, without a gain."""
+    window: int | None = None
+    """Keys that a token sees, itself included. None: all before it."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "seq_len", "vocab_size", "head_dim"):
+            require_positive(name, getattr(self, name))
+        for name in ("d_model", "n_kv_head", "d_ffn", "softcap", "window"):
+            if (value := getattr(self, name)) is not None:
+                require_positive(name, value)
+        if self.head_dim % 2:
+            raise UserError(f"head_dim={self.head_dim} must be even (RoPE rotates its halves); try {self.head_dim + 1}")
+        if not (math.isfinite(self.rope_base) and self.rope_base > 1):
+            raise UserError(f"rope_base={self.rope_base} must be above 1; try 100000")
+        if self.width % self.head_dim:
+            raise UserError(
+                f"d_model={self.width} must be a multiple of head_dim={self.head_dim}; try --d-model {round_up(self.width, self.head_dim)}"
+            )
+        if self.n_head % self.kv_heads:
+            raise UserError(
+                f"n_head={self.n_head} must be a multiple of n_kv_head={self.kv_heads}; "
+                f"try --n-kv-head {nearest_divisor(self.n_head, self.kv_heads)}"
+            )
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.d_model or round_up(64 * self.depth, self.head_dim)
+
+    @property
+    def n_head(self) -> int:
+        """N, query heads."""
+        return self.width // self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """K, key and value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def hidden(self) -> int:
+        """F."""
+        return self.d_ffn or (round_up(8 * self.width / 3, 256) if self.ffn == "swiglu" else 4 * self.width)
+
+    @property
+    def span(self) -> int:
+        """Keys that the last token of a row sees."""
+        return min(self.window or self.seq_len, self.seq_len)
+
+
+def nanochat(depth: int, **changes: Any) -> ModelConfig:
+    """karpathy/nanochat's block as of November 2025: no gains, squared ReLU, logits capped at 15, RoPE base 10,000."""
+    base: dict[str, Any] = dict(norm="fixed", ffn="relu2", softcap=15.0, rope_base=10_000.0)
+    return ModelConfig(depth=depth, **(base | changes))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    matrix_lr: float = 0.02
+    """Muon's learning rate, for the matrices of the blocks."""
+    embedding_lr: float = 0.2
+    """AdamW's, for the embedding; times (D / 768) ** -0.5."""
+    head_lr: float = 0.004
+    """AdamW's, for the output head; times (D / 768) ** -0.5."""
+    gain_lr: float = 0.004
+    """AdamW's, for the gains of the norms, which never decay."""
+    betas: tuple[float, float] = (0.8, 0.95)
+    """AdamW's decay rates of the two moments."""
+    eps: float = 1e-10
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay of the embedding and the head."""
+    momentum: tuple[float, float] = (0.85, 0.95)
+    """Muon's momentum at the first step and after `momentum_warmup` steps."""
+    momentum_warmup: int = 300
+    """Steps over which the momentum rises."""
+    ns_steps: int = 5
+    """Newton-Schulz iterations of Muon."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up of the learning rates."""
+    warmdown: float = 0.65
+    """Last share of the run, over which the learning rates fall linearly."""
+    final_lr: float = 0.05
+    """Share of the learning rates left at the last step."""
+    clip: float | None = 1.0
+    """Global gradient norm; None turns clipping off."""
+    reference_batch: int | None = 2**19
+    """Learning rates scale by sqrt(tokens a step / this); None leaves them alone."""
+
+    def __post_init__(self) -> None:
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "gain_lr", "eps", "ns_steps"):
+            require_positive(f"optim.{name}", getattr(self, name))
+        for name in ("weight_decay", "momentum_warmup", "warmup_steps"):
+            require_positive(f"optim.{name}", getattr(self, name), zero=True)
+        for name in ("clip", "reference_batch"):
+            if (value := getattr(self, name)) is not None:
+                require_positive(f"optim.{name}", value)
+        for name in ("warmdown", "final_lr"):
+            require_share(f"optim.{name}", getattr(self, name))
+        for name in ("betas", "momentum"):
+            if not all(0 <= x < 1 for x in getattr(self, name)):
+                raise UserError(f"optim.{name}={getattr(self, name)} must lie in [0, 1); the default is {getattr(type(self), name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    path: str | None = None
+    """Folder of .jsonl or .parquet files (column `text`), or with --data.glob of any text. None: the embedded corpus, Python's own library."""
+    glob: str | None = None
+    """Pattern of files below the path, each a document: '**/*.py'."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(name="tokenizer", prefix_name=False)] = None
+    """tokenizer.json, or a name that tiktoken knows (gpt2, cl100k_base, o200k_base). None: one is trained on the corpus."""
+    cache: str = "~/.cache/nanojax"
+    """Folder for tokenizers, token shards, packing plans and compiled programs."""
+    packing: Packing = "best_fit"
+    """best_fit: every row starts a document and the rest of a cropped one is dropped. concat: nothing is dropped, rows start anywhere."""
+    mask_documents: bool = False
+    """Hide the documents packed into one row from each other."""
+    val_fraction: float = 0.02
+    """Share of the documents held out for validation; at least one."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; try 0.02")
+        if self.glob is not None and self.path is None:
+            raise UserError(f"data.glob={self.glob!r} needs a folder to search; add --data.path DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int | None = None
+    """Optimizer steps. Derived: tokens_per_param times the parameters of blocks and head."""
+    tokens_per_param: float = 12.0
+    """Length of a derived run, in tokens for each parameter of blocks and head."""
+    batch_tokens: int | None = None
+    """Tokens a step. Derived: nanochat's power law in the length of the run (2**19 at depth 12)."""
+    micro_batch: int | None = None
+    """Rows that one device takes at a time; the rest accumulates. Derived: at most 65,536 tokens, in at most 32 rows."""
+    compute_dtype: ComputeDtype = "auto"
+    """Type of activations. auto: bf16 on GPUs, fp32 elsewhere."""
+    precision: Precision = "auto"
+    """Format that the matrices of the blocks are rounded to once a step. auto: that of compute_dtype."""
+    attn_impl: Attention = "auto"
+    """Attention backend. auto takes the fastest that can serve and says why."""
+    mesh: str = ""
+    """Devices on each axis, 'data=2,fsdp=2,tensor=2'; an axis left out is 1. Empty: all devices on data."""
+    remat: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    loss_blocks: int = 8
+    """Pieces in which head and loss are computed, so that the full logits never exist."""
+    seed: int = 0
+    """Seeds initialisation and the order of the data."""
+    eval_every: int = 250
+    """Steps between validations; 0: only before the first and after the last."""
+    eval_tokens: int = 2**20
+    """Validation tokens, always the same ones."""
+    save_every: int = 250
+    """Steps between checkpoints; 0: only at the end."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        for name in ("tokens_per_param", "loss_blocks", "eval_tokens", "keep"):
+            require_positive(name, getattr(self, name))
+        for name in ("steps", "batch_tokens", "micro_batch"):
+            if (value := getattr(self, name)) is not None:
+                require_positive(name, value)
+        for name in ("eval_every", "save_every", "seed"):
+            require_positive(name, getattr(self, name), zero=True)
+        if self.compute_dtype == "bf16" and self.precision == "fp32":
+            raise UserError("precision=fp32 needs fp32 activations, given compute_dtype=bf16; drop one of the two")
+        parse_mesh(self.mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One run. Saved beside its checkpoints; equal configs give equal runs."""
+
+    model: Annotated[ModelConfig, tyro.conf.arg(name="")] = field(default_factory=ModelConfig)
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        if self.train.batch_tokens is not None and self.train.batch_tokens % self.model.seq_len:
+            t = self.model.seq_len
+            raise UserError(
+                f"batch_tokens={self.train.batch_tokens} must be a multiple of seq_len={t}; "
+                f"try --batch-tokens {round_up(self.train.batch_tokens, t)}"
+            )
+        if self.model.seq_len % self.train.loss_blocks:
+            raise UserError(
+                f"seq_len={self.model.seq_len} must be a multiple of loss_blocks={self.train.loss_blocks}; "
+                f"try --loss-blocks {nearest_divisor(self.model.seq_len, self.train.loss_blocks)}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Inverse of `to_dict`, also after a trip through JSON. Raises UserError on fields that do not fit."""
+        parts = {"model": ModelConfig, "train": TrainConfig, "optim": OptimConfig, "data": DataConfig}
+        if unknown := set(values) - set(parts):
+            raise UserError(f"a saved config has the sections {sorted(parts)}, given also {sorted(unknown)}; it is from another version")
+        made = {}
+        for name, part in parts.items():
+            given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.get(name, {}).items()}
+            try:
+                made[name] = part(**given)
+            except TypeError as error:
+                raise UserError(f"a saved config does not fit this version: section {name}: {error}") from error
+        return cls(**made)
+
+    def text(self) -> str:
+        """The config as text, a line a field; for `--print-config` and for golden files."""
+        lines = []
+        for section, values in self.to_dict().items():
+            lines += [f"{section}.{name} = {value!r}" for name, value in values.items()]
+        return "\n".join(lines) + "\n"
+
+
+def require_positive(name: str, value: float, *, zero: bool = False) -> None:
+    """Raise UserError unless value is finite and above zero (or, with zero=True, at least zero)."""
+    if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
+        raise UserError(f"{name}={value} must be {'at least' if zero else 'above'} 0")
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise UserError unless value lies in [0, 1]."""
+    if not 0 <= value <= 1:
+        raise UserError(f"{name}={value} must lie between 0 and 1")
+
+
+def nearest_divisor(n: int, k: int) -> int:
+    """The divisor of n nearest to k."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - k), d))
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """'data=2,fsdp=2' -> sizes of the axes named. Raises UserError on an unknown axis or a size below 1."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name.strip() not in MESH_AXES or not re.fullmatch(r"\s*[1-9][0-9]*\s*", size):
+            raise UserError(f"--mesh takes axis=size pairs of {', '.join(MESH_AXES)}, given {part!r}; try --mesh data=2,fsdp=2")
+        sizes[name.strip()] = int(size)
+    return sizes

@@ -1,0 +1,61 @@
+"""The failures a user can cause or must act on, each with its exit code, and the wrapper that turns them into one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+
+class NanoJaxError(Exception):
+    """Base of every failure that is not our bug: it states the rule, what was given and the remedy."""
+
+    exit_code = 1
+
+
+class UserError(NanoJaxError, ValueError):
+    """A wrong flag, config, file or folder."""
+
+    exit_code = 2
+
+
+class NonFiniteError(NanoJaxError):
+    """Training produced NaN or infinity and cannot go on."""
+
+    exit_code = 3
+
+
+class StorageError(NanoJaxError, OSError):
+    """A disk is full, read-only or gone."""
+
+    exit_code = 4
+
+
+class Interrupted(NanoJaxError):
+    """The run stopped early on request, its state saved; start it again with `--resume`."""
+
+    exit_code = 75
+
+
+def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run `main(argv)` and exit with the code that the README's table gives; `--debug` in argv keeps the traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in args
+    code = 0
+    try:
+        main(args)
+    except NanoJaxError as error:
+        if debug:
+            raise
+        label = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"nanojax: {label}: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("nanojax: interrupted: nothing was saved", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
