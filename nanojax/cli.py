@@ -18,6 +18,10 @@ from nanojax.config import Config
 from nanojax.errors import UserError
 
 T = TypeVar("T")
+FLAT: Any = tyro.conf.arg(name="")
+"""Annotates a nested dataclass whose flags carry no prefix: `Annotated[Config, FLAT]`."""
+POSITIONAL: Any = tyro.conf.Positional
+"""Annotates a field that is given without a flag."""
 FLAGS_OF_ALL = ("--help", "--debug")
 
 

@@ -1,0 +1,5 @@
+"""12 layers, 135 M parameters, one GPU.   python -m nanojax.train configs/d12.py --data.path DIR"""
+
+from nanojax.config import Config, ModelConfig
+
+config = Config(model=ModelConfig(depth=12))

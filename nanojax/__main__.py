@@ -1,0 +1,40 @@
+"""`nanojax VERB ...`, the same as `python -m nanojax VERB ...`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from nanojax.errors import UserError, run_main
+
+VERBS = {
+    "train": ("nanojax.train", "main", "train a model: nanojax train configs/tiny.py"),
+    "eval": ("nanojax.evals.command", "main", "bits per byte of a run: nanojax eval runs/tiny"),
+    "sample": ("nanojax.infer.sample", "main", "continue a text: nanojax sample runs/tiny --prompt 'def '"),
+    "tokenizer": ("nanojax.data.commands", "tokenizer_main", "train or evaluate a tokenizer"),
+    "data": ("nanojax.data.commands", "data_main", "download public text, or prepare your own"),
+}
+
+
+def dispatch(argv: Sequence[str]) -> None:
+    """Run the verb that argv names. Raises UserError on one that there is not."""
+    if not argv or argv[0] in ("-h", "--help"):
+        lines = [f"  {verb:<11}{text}" for verb, (_, _, text) in VERBS.items()]
+        print("usage: nanojax VERB [--help] ...\n\n" + "\n".join(lines))
+        return
+    verb, *rest = argv
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        raise UserError(f"unknown verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(VERBS)}"))
+    module, function, _ = VERBS[verb]
+    getattr(importlib.import_module(module), function)(rest)
+
+
+def main() -> None:
+    run_main(dispatch, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

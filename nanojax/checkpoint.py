@@ -1,0 +1,128 @@
+"""A run's state on disk: parameters, moments, step, key, data position, config and tokenizer hash as one unit, through orbax."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from nanojax.errors import StorageError, UserError
+from nanojax.step import TrainState
+
+
+# orbax warns of its own internals at every save (an OCDBT merge with nothing to merge); what fails raises.
+logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+class Checkpoints:
+    """The checkpoints of one run, numbered by step; the newest `keep` stay."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
+        with storage(folder):
+            self._orbax = ocp.training.Checkpointer(
+                folder.absolute(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+        self._pending: Any = None
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None when there is none."""
+        return None if self._orbax.latest is None else self._orbax.latest.step
+
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs.
+
+        Raises StorageError, also for the failure of an earlier save.
+        """
+        step = int(state.step)
+        self.wait()
+        if step == self.latest:
+            return
+        rest = {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments}
+        with storage(self.folder):
+            self._pending = self._orbax.save_checkpointables_async(
+                step, {"params": state.params, "rest": rest, "meta": {"json": json.dumps(meta)}}, force=True
+            )
+
+    def wait(self) -> None:
+        """Until the save that runs is on disk. Raises StorageError when it failed."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            with storage(self.folder):
+                pending.result()
+
+    def restore(self, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
+        """(newest state, its meta), laid out by `shardings`, whatever mesh it was saved from."""
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        rest = {"step": target.step, "skipped": target.skipped, "key": target.key, "moments": target.moments}
+        loaded = self._load({"params": target.params, "rest": rest, "meta": None})
+        return TrainState(params=loaded["params"], **loaded["rest"]), json.loads(loaded["meta"]["json"])
+
+    def restore_params(self, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+        """Parameters alone, without the moments."""
+        target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in shapes.items()}
+        return self._load({"params": target})["params"]
+
+    def meta(self) -> dict[str, Any]:
+        """Meta of the newest checkpoint."""
+        return json.loads(self._load({"meta": None})["meta"]["json"])
+
+    def _load(self, target: dict[str, Any]) -> dict[str, Any]:
+        step = self.latest
+        if step is None:
+            raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+        try:
+            with storage(self.folder):
+                return self._orbax.load_checkpointables(step, target)
+        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason[0][:160] if reason else ''}); "
+                f"move that folder away to go on from an older one"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for the save that runs and let orbax go."""
+        self.wait()
+        self._orbax.close()
+
+
+@contextmanager
+def storage(folder: Path) -> Iterator[None]:
+    """Turn what a full or failing disk raises, here and inside orbax, into StorageError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot use {folder}: {error.strerror or error}; free space there or choose another --out") from error
+    except ValueError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+            raise
+        raise StorageError(f"no space left in {folder}; free some and start again with --resume") from error
+
+
+
+def state_sha256(state: TrainState, data_state: dict[str, int]) -> str:
+    """SHA-256 over the names and bytes of every array of the state, in order of name, and the data position: equal runs have equal ones."""
+    digest = hashlib.sha256()
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+    for name, leaf in sorted(leaves.items()):
+        raw = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+        host = np.asarray(raw if raw.is_fully_addressable else multihost_utils.process_allgather(raw, tiled=True))
+        digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
+        digest.update(np.ascontiguousarray(host).tobytes())
+    digest.update(json.dumps(data_state, sort_keys=True).encode())
+    return digest.hexdigest()

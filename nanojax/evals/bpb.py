@@ -1,0 +1,43 @@
+"""Bits per byte on the validation documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array
+
+from nanojax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Sums over the validation rows."""
+
+    bpb: float
+    """Nats of the targets that stand for bytes, over ln 2 times those bytes; special tokens count for neither."""
+    loss: float
+    """Mean nats of all targets."""
+    targets: int
+
+
+def evaluate(eval_step: Callable, params: dict[str, Array], batches: Iterable[Any], bytes_V: Array) -> Validation:
+    """Run `eval_step` (step.Program's) over batches and add up in float64 on the host. Waits for each batch."""
+    sums = {"nats": 0.0, "bytes": 0.0, "all_nats": 0.0, "targets": 0.0}
+    for batch in batches:
+        for name, value in eval_step(params, batch, bytes_V).items():
+            sums[name] += float(np.asarray(value))
+    return Validation(
+        bpb=sums["nats"] / (math.log(2) * max(1.0, sums["bytes"])),
+        loss=sums["all_nats"] / max(1.0, sums["targets"]),
+        targets=int(sums["targets"]),
+    )
+
+
+def bytes_table(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """int32 [V]: bytes that each token stands for, 0 for specials and for the padding of the vocabulary."""
+    table = tokenizer.bytes_per_token()
+    return np.pad(table, (0, vocab_size - len(table))).astype(np.int32)

@@ -1,0 +1,74 @@
+"""`nanojax eval RUN`: the validation figure of a finished or interrupted run, computed again from its newest checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from nanojax.cli import POSITIONAL, parse
+from nanojax.config import Attention, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    run: Annotated[str, POSITIONAL]
+    """Folder of a training run."""
+    eval_tokens: int | None = None
+    """Validation tokens. Derived: as many as the run's own."""
+    path: str | None = None
+    """Folder of text to take instead of the run's (data.path)."""
+    attn_impl: Attention = "auto"
+    """Attention backend."""
+
+    def __post_init__(self) -> None:
+        if self.eval_tokens is not None:
+            require_positive("eval_tokens", self.eval_tokens)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print bits per byte on the validation documents."""
+    command = parse(EvalCommand, argv, prog="nanojax eval", description=main.__doc__ or "")
+
+    from nanojax.data.shards import prepare
+    from nanojax.runs import RunFolder
+
+    folder = RunFolder(Path(command.run))
+    config, _ = folder.read()
+    folder.require_checkpoint()
+    folder.tokenizer()
+    data = dataclasses.replace(config.data, tokenizer=str(folder.path / "tokenizer.json"), path=command.path or config.data.path)
+    train = dataclasses.replace(
+        config.train, mesh="", micro_batch=None, attn_impl=command.attn_impl, eval_tokens=command.eval_tokens or config.train.eval_tokens
+    )
+    config = dataclasses.replace(config, data=data, train=train)
+    prepared = prepare(config.data, config.model.vocab_size, print)
+
+    import jax
+
+    from nanojax.checkpoint import Checkpoints
+    from nanojax.data.loader import validation_batches
+    from nanojax.data.packing import load_or_make
+    from nanojax.evals.bpb import bytes_table, evaluate
+    from nanojax.mesh import batch_sharding, replicated
+    from nanojax.program import keep_compiled_programs, make_program
+
+    keep_compiled_programs(config.data.cache)
+    program, model = make_program(config), config.model
+    plan = load_or_make(prepared.val, seq_len=model.seq_len, packing=config.data.packing, seed=None)
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    with jax.set_mesh(program.mesh):
+        params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+        batches = validation_batches(
+            prepared.val, plan, rows_per_batch=program.rows, max_tokens=train.eval_tokens, sharding=batch_sharding(program.mesh),
+            n_vocab=prepared.tokenizer.n_vocab,
+        )  # fmt: skip
+        bytes_V = jax.device_put(bytes_table(prepared.tokenizer, model.vocab_size), replicated(program.mesh))
+        result = evaluate(program.eval_step, params, batches, bytes_V)
+    print(
+        f"step {checkpoints.latest}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
+        f"{result.targets:,} tokens, attention {program.attention}, precision {program.precision}"
+    )
+    checkpoints.close()

@@ -1,0 +1,101 @@
+"""`nanojax sample RUN --prompt ...`: continue a text, one whole forward pass a token."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from nanojax.cli import POSITIONAL, parse
+from nanojax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    run: Annotated[str, POSITIONAL]
+    """Folder of a training run."""
+    prompt: str = ""
+    """Text to continue. Empty: start a new document."""
+    tokens: int = 200
+    """Most tokens to add; the end of the document ends it earlier."""
+    temperature: float = 0.8
+    """0 takes the likeliest token each time; 1 samples the model's own distribution."""
+    top_k: int = 50
+    """Sample among this many likeliest tokens; 0: among all."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature={self.temperature} must be at least 0; try 0.8")
+        for name in ("tokens", "top_k", "seed"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print the prompt and its continuation, as it is made."""
+    command = parse(SampleCommand, argv, prog="nanojax sample", description=main.__doc__ or "")
+
+    from nanojax.runs import RunFolder
+    from nanojax.infer.text import utf8_stream
+
+    folder = RunFolder(Path(command.run))
+    folder.read()
+    folder.require_checkpoint()
+    tokenizer = folder.tokenizer()
+    sys.stdout.write(command.prompt)
+    for text in utf8_stream(tokenizer.decode_bytes([token]) for token in generate(folder, command)):
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    print()
+
+
+def generate(folder, command: SampleCommand) -> Iterator[int]:
+    """Tokens that follow the prompt, until <|bos|> starts another document."""
+    import jax
+    import jax.numpy as jnp
+
+    from nanojax.checkpoint import Checkpoints
+    from nanojax.model import merge
+    from nanojax.program import keep_compiled_programs, make_program
+
+    config, _ = folder.read()
+    tokenizer = folder.tokenizer()
+    # One device, xla: a row of one prompt gives the others nothing to do.
+    train = dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl="auto")
+    keep_compiled_programs(config.data.cache)
+    program = make_program(dataclasses.replace(config, train=train), jax.devices()[:1])
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    checkpoints.close()
+    window, n_vocab = config.model.seq_len, tokenizer.n_vocab
+
+    @jax.jit
+    def next_token(weights, row_T, last, key):
+        model = merge(program.graph, weights)
+        x_BD = model.hidden(row_T[None])[:, last]
+        logits_V = model.logits(x_BD)[0, :n_vocab]  # not the padding of the vocabulary
+        if command.top_k:
+            floor = jax.lax.top_k(logits_V, min(command.top_k, n_vocab))[0][-1]
+            logits_V = jnp.where(logits_V < floor, -jnp.inf, logits_V)
+        if command.temperature == 0:
+            return jnp.argmax(logits_V)
+        return jax.random.categorical(key, logits_V / command.temperature)
+
+    with jax.set_mesh(program.mesh):
+        weights = jax.jit(program.prepare)(params)
+        ids = [tokenizer.bos, *tokenizer.encode(command.prompt)]
+        key = jax.random.key(command.seed)
+        for n in range(command.tokens):
+            row = ids[-window:]
+            padded = jnp.array(row + [tokenizer.bos] * (window - len(row)), jnp.int32)
+            token = int(next_token(weights, padded, len(row) - 1, jax.random.fold_in(key, n)))
+            if token == tokenizer.bos:
+                return
+            ids.append(token)
+            yield token

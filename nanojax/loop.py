@@ -1,0 +1,193 @@
+"""What every training run shares: the order of step, metrics, save and evaluation, and how a run is interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
+
+import jax
+
+from nanojax.checkpoint import Checkpoints
+from nanojax.config import TrainConfig
+from nanojax.data.loader import Loader
+from nanojax.errors import Interrupted, NonFiniteError
+from nanojax.evals.bpb import Validation
+from nanojax.step import TrainState
+from nanojax.telemetry import ProfileWindow, ProgressLine, Sink
+
+WARMUP_STEPS = 3  # left out of tokens/s: compilation, autotuning and first touches of memory
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __enter__(self) -> Interrupts:
+        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        self.name = signal.Signals(number).name
+        signal.signal(number, self._old[number])
+
+
+@dataclasses.dataclass
+class Meter:
+    """Reads the metrics of a step while the next one runs, times it, and passes them on."""
+
+    sinks: Sequence[Sink]
+    progress: ProgressLine
+    tokens_per_step: int
+    flops_per_token: int
+    peak_flops: float | None
+    bytes_per_token: float
+    steps: int
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    loss: float = math.nan
+    _held: tuple[int, Any] | None = None
+    _since: float | None = None
+    _read: int = 0
+    _skipped: tuple[float, int] = (0.0, 0)
+
+    def push(self, step: int, metrics: Any) -> None:
+        """Step `step` was just started; read the one before."""
+        self.flush()
+        self._held = (step, metrics)
+
+    def flush(self) -> None:
+        """Wait for the step that is held and write its record."""
+        if self._held is None:
+            return
+        (step, metrics), self._held = self._held, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        now, since, self._since = time.perf_counter(), self._since, time.perf_counter()
+        self._read += 1
+        took = None if since is None or self._read <= WARMUP_STEPS else now - since
+        if took is not None:
+            self.seconds.append(took)
+        self.loss = values["loss"]
+        self._count_skipped(step, values["skipped"])
+        record: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, **values, "bpb": self._bpb(self.loss)}
+        if took is not None:
+            record |= {"tokens_per_second": self.tokens_per_step / took, "seconds": took}
+        self.write(record)
+        self.progress.update(step, self._text(values, took), None if took is None else (self.steps - step) * took)
+
+    def pause(self) -> None:
+        """Finish what runs; the time until the next step belongs to no step."""
+        self.flush()
+        self._since = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        for sink in self.sinks:
+            sink.write(record)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """From the median step, warm-up left out; None before there is one."""
+        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else None
+
+    def mfu(self, tokens_per_second: float | None) -> float | None:
+        """Share of the devices' peak that the model's FLOPs take."""
+        if tokens_per_second is None or self.peak_flops is None:
+            return None
+        return tokens_per_second * self.flops_per_token / self.peak_flops
+
+    def _bpb(self, loss: float) -> float:
+        """Training loss in bits per byte, at the corpus' mean bytes per token."""
+        return loss / math.log(2) / self.bytes_per_token
+
+    def _text(self, values: dict[str, float], took: float | None) -> str:
+        text = f"loss {values['loss']:.4f}  bpb {self._bpb(values['loss']):.3f}"
+        if took is not None:
+            rate = self.tokens_per_step / took
+            mfu = self.mfu(rate)
+            text += f"  {rate:,.0f} tok/s" + (f"  {mfu:.1%} MFU" if mfu is not None else "")
+        return text + (f"  {int(values['skipped'])} skipped" if values["skipped"] else "")
+
+    def _count_skipped(self, step: int, skipped: float) -> None:
+        before, row = self._skipped
+        self._skipped = (skipped, row + 1 if skipped > before else 0)
+        if self._skipped[1] > MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{self._skipped[1]} updates in a row, up to step {step}, were not finite and were skipped; "
+                f"lower --optim.matrix-lr and --optim.embedding-lr and start again with --resume"
+            )
+
+
+@dataclasses.dataclass
+class Loop:
+    """The parts of a run that `fit` strings together."""
+
+    train: TrainConfig
+    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    loader: Loader
+    meter: Meter
+    profile: ProfileWindow
+    checkpoints: Checkpoints
+    meta: Callable[[], dict[str, Any]]
+    """What is saved beside the state."""
+    evaluate: Callable[[TrainState], Validation]
+    stop_after: int | None
+    wait_each_step: bool
+    """Virtual CPU devices deadlock when steps queue up."""
+
+    def fit(self, state: TrainState, done: int, interrupts: Interrupts, on_first_step: Callable[[], None]) -> TrainState:
+        """Steps done + 1 .. train.steps. Raises Interrupted, with the state saved, on a signal or after `stop_after`."""
+        steps = self.train.steps or 0
+        for number in range(done + 1, steps + 1):
+            if interrupts.name or number - 1 == self.stop_after:
+                self.leave(state, number - 1, interrupts.name)
+            self.profile.before(number)
+            state, metrics = self.step(state, next(self.loader))
+            if self.wait_each_step or number == done + 1:
+                jax.block_until_ready(metrics)
+            if number == done + 1:
+                on_first_step()
+            self.meter.push(number, metrics)
+            self.profile.after(number, metrics)
+            # Saved before it is evaluated: an evaluation that fails must not cost the run.
+            if due(number, self.train.save_every) or number == steps:
+                self.save(state)
+            if due(number, self.train.eval_every) and number != steps:
+                self.validate(state, number)
+        self.meter.flush()
+        return state
+
+    def save(self, state: TrainState) -> None:
+        self.meter.pause()
+        self.checkpoints.save(state, self.meta())
+
+    def validate(self, state: TrainState, number: int) -> Validation:
+        """Evaluate and report, outside the timing of the steps."""
+        self.meter.pause()
+        result = self.evaluate(state)
+        self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
+        self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
+        return result
+
+    def leave(self, state: TrainState, number: int, signal_name: str | None) -> None:
+        """Save and stop."""
+        self.save(state)
+        self.checkpoints.wait()
+        why = f"on {signal_name}" if signal_name else f"as --stop-after {self.stop_after} asks"
+        raise Interrupted(f"stopped {why}, step {number} saved; go on with the same command and --resume")
+
+
+def due(number: int, every: int) -> bool:
+    """Whether something done every `every` steps, 0 meaning never, is due after step `number`."""
+    return every > 0 and number % every == 0

@@ -1,0 +1,96 @@
+"""Where arrays live: the mesh, the one table from logical axes to mesh axes, and the shardings derived from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanojax.config import MESH_AXES, ModelConfig, nearest_divisor
+from nanojax.errors import UserError
+
+# Logical axis -> mesh axis. A parameter's axes are named where it is made, in model.py.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("ffn", "tensor"),
+    ("vocab", "tensor"),
+    ("gain", None),
+)
+BATCH_AXES = dict(RULES)["batch"]
+
+
+def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices with the sizes given; axes left out are 1, and with no sizes all devices are on `data`.
+
+    Raises UserError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = dict(sizes) or {"data": len(devices)}
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    if sizes.get("context", 1) != 1:
+        raise UserError(f"the mesh axis context must be 1 for now, given {sizes['context']}; put those devices on data or fsdp")
+    if math.prod(shape) != len(devices):
+        given = ",".join(f"{k}={v}" for k, v in sizes.items())
+        raise UserError(
+            f"the mesh must hold every device: {given} makes {math.prod(shape)}, and there are {len(devices)}; try --mesh data={len(devices)}"
+        )
+    # Auto: with jax's default, Explicit, an embedding's gather and a target's pick raise ShardingTypeError.
+    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
+    """Raise UserError where a parameter's axis cannot be cut evenly over its mesh axis."""
+    for name, size, axis in (
+        ("d_model", model.width, "fsdp"),
+        ("n_head", model.n_head, "tensor"),
+        ("n_kv_head", model.kv_heads, "tensor"),
+        ("d_ffn", model.hidden, "tensor"),
+        ("vocab_size", model.vocab_size, "tensor"),
+    ):
+        if size % mesh.shape[axis]:
+            raise UserError(
+                f"{name}={size} must be a multiple of the mesh axis {axis}={mesh.shape[axis]}; try {axis}={nearest_divisor(size, mesh.shape[axis])}"
+            )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a batch [accumulation, rows, tokens]: rows over data and fsdp."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
+
+
+def place(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation's logical axes to the mesh that is set (`jax.set_mesh`); without one, x as it is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    table = dict(RULES)
+    return jax.lax.with_sharding_constraint(x, P(*(table[axis] if axis else None for axis in axes)))
+
+
+def parameter_shardings(axes: Mapping[str, tuple[str, ...]], mesh: Mesh) -> dict[str, NamedSharding]:
+    """Name of parameter -> sharding, from its logical axes and RULES."""
+    table = dict(RULES)
+    return {name: NamedSharding(mesh, P(*(table[axis] for axis in names))) for name, names in axes.items()}
+
+
+def moment_shardings(abstract_moments: Any, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: a leaf filed under a parameter's name takes the parameter's, the others replicate.
+
+    jax does not carry shardings through `tx.init`: left to itself, jit replicates every moment.
+    """
+
+    def sharding_of(path: Any, leaf: Any) -> NamedSharding:
+        name = getattr(path[-1], "key", None) if path else None
+        return shardings[name] if name in shardings and len(shardings[name].spec) == leaf.ndim else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding_of, abstract_moments)

@@ -1,0 +1,209 @@
+"""The GPT, in Flax NNX.
+
+Letters: B batch, T tokens, D model, F feed-forward, N query heads, K key and value heads, H head, V vocabulary. Kernels are [in, out].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from nanojax.config import ModelConfig
+from nanojax.mesh import place
+from nanojax.ops.attention import AttentionFn
+from nanojax.ops.dot import dot as plain_dot
+from nanojax.ops.norm import rms_norm
+from nanojax.ops.rope import rope_table, rotate
+
+Dot = Callable[..., Array]
+
+
+def scaled_normal(key: Array, shape: tuple[int, int]) -> Array:
+    """Normal with std min(1, sqrt(out / in)) / sqrt(in). Yang et al. 2023, arXiv:2310.17813, equation 2 with both norms of order 1."""
+    fan_in, fan_out = shape
+    return jax.random.normal(key, shape, jnp.float32) * min(1.0, (fan_out / fan_in) ** 0.5) / fan_in**0.5
+
+
+def zeros(key: Array, shape: tuple[int, int]) -> Array:
+    """The projections back into the residual stream and the head start at zero: every block starts as the identity."""
+    del key
+    return jnp.zeros(shape, jnp.float32)
+
+
+class Linear(nnx.Module):
+    """A bias-free product with a [in, out] kernel, fp32."""
+
+    def __init__(self, shape: tuple[int, int], axes: tuple[str, str], *, dot: Dot, name: str, key: Array, init=scaled_normal):
+        self.w = nnx.Param(init(key, shape), out_sharding=axes)
+        self.dot = functools.partial(dot, name=name)
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        return self.dot(x, self.w[...])
+
+
+class RMSNorm(nnx.Module):
+    """RMSNorm over the last axis, with a gain that learns or without one."""
+
+    def __init__(self, size: int, *, learnable: bool):
+        self.gain = nnx.Param(jnp.ones(size, jnp.float32), out_sharding=("gain",)) if learnable else None
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        return rms_norm(x, None if self.gain is None else self.gain[...])
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped queries, norms on queries and keys, and rotary positions."""
+
+    def __init__(self, c: ModelConfig, *, attention: AttentionFn, dot: Dot, key: Array):
+        k_q, k_k, k_v, k_o = jax.random.split(key, 4)
+        queries, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
+        self.q = Linear((c.width, queries), ("embed", "heads"), dot=dot, name="q", key=k_q)
+        self.k = Linear((c.width, keys), ("embed", "kv_heads"), dot=dot, name="k", key=k_k)
+        self.v = Linear((c.width, keys), ("embed", "kv_heads"), dot=dot, name="v", key=k_v)
+        self.o = Linear((queries, c.width), ("heads", "embed"), dot=dot, name="o", key=k_o, init=zeros)
+        learnable = c.norm == "learnable"
+        self.q_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
+        self.k_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
+        self.head_dim = c.head_dim
+        self.attend = functools.partial(attention, window=c.window)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], rope, segments_BT: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        with jax.named_scope("qkv"):
+            q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD).reshape(heads), self.k(x_BTD).reshape(heads), self.v(x_BTD).reshape(heads)
+        with jax.named_scope("rope"):
+            q_BTNH, k_BTKH = rotate(self.q_norm(q_BTNH), rope), rotate(self.k_norm(k_BTKH), rope)
+        with jax.named_scope("attend"):
+            y_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT)
+        with jax.named_scope("out"):
+            return self.o(y_BTNH.reshape(*x_BTD.shape[:2], -1))
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv:2002.05202, equation 6."""
+
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+        k_gate, k_up, k_down = jax.random.split(key, 3)
+        self.gate = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="gate", key=k_gate)
+        self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
+        self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class ReLU2(nnx.Module):
+    """down(relu(up(x)) ** 2). So et al. 2021, arXiv:2109.08668, section 4."""
+
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+        k_up, k_down = jax.random.split(key)
+        self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
+        self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jnp.square(jax.nn.relu(self.up(x_BTD))))
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig, *, attention: AttentionFn, dot: Dot, key: Array):
+        k_attention, k_ffn = jax.random.split(key)
+        self.norm_1 = RMSNorm(c.width, learnable=c.norm == "learnable")
+        self.attention = Attention(c, attention=attention, dot=dot, key=k_attention)
+        self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
+        self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], rope, segments_BT: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        with jax.named_scope("attention"):
+            x_BTD = x_BTD + self.attention(self.norm_1(x_BTD), rope, segments_BT)
+        with jax.named_scope("ffn"):
+            x_BTD = x_BTD + self.ffn(self.norm_2(x_BTD))
+        return x_BTD
+
+
+class GPT(nnx.Module):
+    """Decoder-only transformer. Parameters are fp32; activations are in `compute_dtype`.
+
+    It gets the attention and the matrix product as functions and never reads the name of a backend or a format.
+    """
+
+    def __init__(
+        self,
+        c: ModelConfig,
+        *,
+        attention: AttentionFn,
+        key: Array,
+        compute_dtype: jnp.dtype = jnp.float32,
+        dot: Dot = plain_dot,
+        remat: bool = False,
+    ):
+        k_embed, k_head, *k_blocks = jax.random.split(key, 2 + c.depth)
+        self.embedding = nnx.Param(jax.random.normal(k_embed, (c.vocab_size, c.width), jnp.float32), out_sharding=("vocab", "embed"))
+        self.blocks = nnx.List([Block(c, attention=attention, dot=dot, key=k) for k in k_blocks])
+        self.norm = RMSNorm(c.width, learnable=c.norm == "learnable")
+        self.head = Linear((c.width, c.vocab_size), ("embed", "vocab"), dot=dot, name="head", key=k_head, init=zeros)
+        self.embed_norm = rms_norm if c.embed_norm else identity
+        self.head_dim, self.rope_base, self.softcap = c.head_dim, c.rope_base, c.softcap
+        self.compute_dtype, self.remat = compute_dtype, remat
+
+    def hidden(self, tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """What the head reads: the last block's output, normalised."""
+        with jax.named_scope("embed"):
+            # From the fp32 table, so that its gradient, a scatter-add with many collisions, is summed in fp32. Rows are gathered whole:
+            # a width that stayed sharded would collide with the batch on the same mesh axis.
+            table_VD = place(self.embedding[...], "vocab", None)
+            x_BTD = place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", None, None)
+        return self.from_embeddings(x_BTD, segments_BT)
+
+    def from_embeddings(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
+        """`hidden` of rows that are embedded already."""
+        rope = rope_table(jnp.arange(x_BTD.shape[1]), self.head_dim, self.rope_base)
+        x_BTD = self.embed_norm(x_BTD)
+        for i, block in enumerate(self.blocks):
+            with jax.named_scope(f"block_{i}"):
+                x_BTD = (nnx.remat(Block.__call__) if self.remat else Block.__call__)(block, x_BTD, rope, segments_BT)
+        with jax.named_scope("final_norm"):
+            return self.norm(x_BTD)
+
+    def __call__(self, tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """All logits, in float32. Training does not come here: its loss never makes them all (ops/xent.py)."""
+        return self.logits(self.hidden(tokens_BT, segments_BT))
+
+    def logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Of `hidden`'s output, in float32."""
+        logits = self.head(x).astype(jnp.float32)
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+def identity(x: Array) -> Array:
+    return x
+
+
+def split(build: Callable[[], GPT]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:
+    """(graph, shapes, logical axes) of the model that `build` makes, without making its arrays.
+
+    Parameters are a flat dict from here on: 'blocks.0.attention.q.w' -> array, the names that checkpoints and exports carry.
+    """
+    graph, state = nnx.split(nnx.eval_shape(build), nnx.Param)
+    leaves = {name_of(path): leaf for path, leaf in nnx.to_flat_state(state)}
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
+    return graph, shapes, {name: leaf.get_metadata()["out_sharding"] for name, leaf in leaves.items()}
+
+
+def parameters(model: GPT) -> dict[str, Array]:
+    """Name -> array."""
+    return {name_of(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+def merge(graph: nnx.GraphDef, params: dict[str, Array]) -> GPT:
+    """The model with these parameters; the inverse of `split` and `parameters`."""
+    flat = ((tuple(int(part) if part.isdigit() else part for part in name.split(".")), nnx.Param(leaf)) for name, leaf in params.items())
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def name_of(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))

@@ -1,0 +1,89 @@
+"""Cross entropy of a linear head, in blocks, so that the full logits never exist. B batch, T tokens, D model, V vocabulary."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+IGNORED = -1
+
+
+def token_nats(
+    x_BTD: Float[Array, "B T D"], w_DV: Float[Array, "D V"], targets_BT: Int[Array, "B T"], *, softcap: float | None = None, blocks: int = 1
+) -> Float[Array, "B T"]:
+    """-log softmax(cap(x w))[target] of every token, in float32, 0 where the target is IGNORED.
+
+    T must be a multiple of `blocks`, the number of pieces in which the logits are made and dropped. Differentiable, but
+    `total_nats` is the one to train with.
+    """
+
+    def block(_, part):
+        x, targets = part
+        _, lse, picked = capped_logits(x, w_DV, targets, softcap)
+        return None, jnp.where(targets == IGNORED, 0, lse - picked)
+
+    _, nats = jax.lax.scan(block, None, (split_tokens(x_BTD, blocks), split_tokens(targets_BT, blocks)))
+    return join_tokens(nats)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def total_nats(x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | None, blocks: int) -> Array:
+    """Sum of `token_nats`, a float32 scalar.
+
+    Its forward pass leaves the gradients of the sum behind, so that the backward pass repeats no product and keeps no logits
+    (the sum has one cotangent, a scalar that multiplies them). The gradient of the head is summed over blocks in float32.
+    """
+    return jnp.sum(token_nats(x_BTD, w_DV, targets_BT, softcap=softcap, blocks=blocks))
+
+
+def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
+    def block(carry, part):
+        total, dw_DV = carry
+        x, targets = part
+        logits, lse, picked = capped_logits(x, w_DV, targets, softcap)
+        valid = targets != IGNORED
+        total += jnp.sum(jnp.where(valid, lse - picked, 0))
+        d_BTV = jnp.exp(logits - lse[..., None]) - (targets[..., None] == jnp.arange(w_DV.shape[1]))
+        if softcap is not None:
+            d_BTV *= 1 - jnp.square(logits / softcap)
+        d_BTV = jnp.where(valid[..., None], d_BTV, 0).astype(x.dtype)
+        dw_DV += jnp.einsum("BTD,BTV->DV", x, d_BTV, preferred_element_type=jnp.float32)
+        return (total, dw_DV), jnp.einsum("BTV,DV->BTD", d_BTV, w_DV).astype(x.dtype)
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32)
+    (total, dw_DV), dx = jax.lax.scan(block, start, (split_tokens(x_BTD, blocks), split_tokens(targets_BT, blocks)))
+    return total, (join_tokens(dx), dw_DV.astype(w_DV.dtype))
+
+
+def total_nats_backward(softcap, blocks, residuals, cotangent):
+    del softcap, blocks
+    dx_BTD, dw_DV = residuals
+    return (cotangent * dx_BTD).astype(dx_BTD.dtype), (cotangent * dw_DV).astype(dw_DV.dtype), None
+
+
+total_nats.defvjp(total_nats_forward, total_nats_backward)
+
+
+def capped_logits(x_BTD, w_DV, targets_BT, softcap):
+    """(logits_BTV, log-sum-exp_BT, logit of the target_BT) in float32."""
+    logits = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV).astype(jnp.float32)
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    # A comparison, not a gather: it fuses into the reduction and works on a vocabulary that is sharded.
+    hit = targets_BT[..., None] == jnp.arange(w_DV.shape[1])
+    return logits, jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+
+
+def split_tokens(x: Array, blocks: int) -> Array:
+    """[B, T, ...] -> [blocks, B, T / blocks, ...]: along T, so that a batch sharded over devices stays where it is."""
+    b, t, *rest = x.shape
+    return jnp.moveaxis(x.reshape(b, blocks, t // blocks, *rest), 1, 0)
+
+
+def join_tokens(x: Array) -> Array:
+    """Inverse of `split_tokens`."""
+    n, b, t, *rest = x.shape
+    return jnp.moveaxis(x, 0, 1).reshape(b, n * t, *rest)

@@ -1,0 +1,112 @@
+"""One optimizer step: state and batch in, state and metrics out. A microbatches, B rows, T tokens, V vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array
+
+from nanojax.model import merge
+from nanojax.ops.xent import IGNORED, token_nats, total_nats
+from nanojax.optim import label
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """All that a step changes. Parameters and moments are fp32, params by name (model.split)."""
+
+    step: Array
+    skipped: Array
+    """Steps whose update was not finite and was left out."""
+    key: Array
+    """The run's random key; a step that draws folds its number in."""
+    params: dict[str, Array]
+    moments: Any
+
+
+def prepare_weights(params: dict[str, Array], *, precision: jnp.dtype, dtype: jnp.dtype) -> dict[str, Array]:
+    """The weights that products read, cast once a step, outside accumulation and rematerialisation.
+
+    Matrices of the blocks are rounded to `precision`; they and the head are in `dtype`. Gains and the embedding stay fp32.
+    """
+    groups = label(params)
+
+    def cast(name: str, w: Array) -> Array:
+        if groups[name] == "matrix" and precision != dtype:
+            bits = jnp.finfo(precision)
+            # Not a pair of casts: under jit XLA deletes a narrowing that is followed by a widening.
+            return jax.lax.reduce_precision(w, bits.nexp, bits.nmant).astype(dtype)
+        return w.astype(dtype) if groups[name] in ("matrix", "head") else w
+
+    return {name: cast(name, w) for name, w in params.items()}
+
+
+def microbatch_nats(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, *, softcap: float | None, blocks: int, packed: bool) -> Array:
+    """Summed loss of one microbatch in nats."""
+    model = merge(graph, weights)
+    x_BTD = model.hidden(batch.inputs, batch.segments if packed else None)
+    with jax.named_scope("loss"):
+        return total_nats(x_BTD, model.head.w[...], batch.targets, softcap, blocks)
+
+
+def train_step(
+    state: TrainState, batch: Any, *, tx: optax.GradientTransformation, lr: optax.Schedule, prepare: Callable, loss: Callable, shardings: dict
+) -> tuple[TrainState, dict[str, Array]]:
+    """One step over `batch`, whose arrays are [A, B, T]; metrics are f32 scalars that stay on the device.
+
+    The loss is the sum over valid targets over their count in the whole batch, so a microbatch without any changes nothing.
+    """
+    with jax.named_scope("prepare"):
+        weights = prepare(state.params)
+
+    def accumulate(carry: tuple[Array, dict], micro: Any) -> tuple[tuple[Array, dict], None]:
+        nats, grads = jax.value_and_grad(loss)(weights, micro)
+        total, sums = carry
+        sums = {name: sums[name] + g.astype(jnp.float32) for name, g in grads.items()}
+        return (total + nats, jax.lax.with_sharding_constraint(sums, shardings)), None
+
+    zeros = {name: jnp.zeros(w.shape, jnp.float32) for name, w in state.params.items()}
+    zeros = jax.lax.with_sharding_constraint(zeros, shardings)
+    (nats, grads), _ = jax.lax.scan(accumulate, (jnp.zeros((), jnp.float32), zeros), batch)
+    count = jnp.maximum(1, jnp.sum(batch.targets != IGNORED)).astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    with jax.named_scope("optimizer"):
+        norm = optax.global_norm(grads)
+        updates, moments = tx.update(grads, state.moments, state.params)
+        params = optax.apply_updates(state.params, updates)
+    ok = jnp.isfinite(norm) & jnp.isfinite(nats)
+    params, moments = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, moments), (state.params, state.moments))
+    state = TrainState(step=state.step + 1, skipped=state.skipped + ~ok, key=state.key, params=params, moments=moments)
+    metrics = {"loss": nats / count, "grad_norm": norm, "lr": lr(state.step - 1), "skipped": state.skipped.astype(jnp.float32)}
+    return state, metrics
+
+
+def eval_step(
+    graph: nnx.GraphDef,
+    params: dict[str, Array],
+    batch: Any,
+    bytes_V: Array,
+    *,
+    prepare: Callable,
+    softcap: float | None,
+    blocks: int,
+    packed: bool,
+) -> dict[str, Array]:
+    """Sums over one batch [1, B, T]: nats and bytes of the targets that have bytes, nats and count of all."""
+    model = merge(graph, prepare(params))
+    inputs_BT, targets_BT, segments_BT = (x[0] for x in (batch.inputs, batch.targets, batch.segments))
+    x_BTD = model.hidden(inputs_BT, segments_BT if packed else None)
+    nats_BT = token_nats(x_BTD, model.head.w[...], targets_BT, softcap=softcap, blocks=blocks)
+    bytes_BT = jnp.where(targets_BT == IGNORED, 0, bytes_V[targets_BT])
+    return {
+        "nats": jnp.sum(jnp.where(bytes_BT > 0, nats_BT, 0)),
+        "bytes": jnp.sum(bytes_BT),
+        "all_nats": jnp.sum(nats_BT),
+        "targets": jnp.sum(targets_BT != IGNORED),
+    }
