@@ -88,7 +88,8 @@ class Meter:
         self.progress.update(step, self._text(values, took), None if took is None else (self.steps - step) * took)
 
     def pause(self) -> None:
-        """Finish what runs; the time until the next step belongs to no step."""
+        """Finish what runs, without timing it: the host came here early, and what follows belongs to no step."""
+        self._since = None
         self.flush()
         self._since = None
 

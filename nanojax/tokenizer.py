@@ -94,7 +94,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read what `save` wrote. Raises UserError naming the file and what is wrong with it."""
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         try:
             saved = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -113,7 +113,7 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write one self-contained JSON file, all or nothing. Raises StorageError."""
         text = json.dumps({**self._content, "name": self.name, "sha256": self.sha256}, indent=None)
-        write_atomically(Path(path).expanduser(), text)
+        write_atomically(Path(os.path.expanduser(path)), text)
 
     @cached_property
     def _content(self) -> dict[str, Any]:
@@ -198,7 +198,7 @@ def write_atomically(path: Path, text: str) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from error
+        raise StorageError(f"cannot write {path}: {error.strerror}; free space there, or choose a folder that can be written") from error
 
 
 def clean(text: str) -> str:

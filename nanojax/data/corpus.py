@@ -48,7 +48,7 @@ def find(data: DataConfig) -> Source:
     """The files of the corpus. Raises UserError when there are none, naming the rule, the path and a remedy."""
     if data.path is None:
         return _embedded()
-    root = Path(data.path).expanduser()
+    root = Path(os.path.expanduser(data.path))
     if not root.exists():
         raise UserError(
             f"--data.path {data.path} does not exist; give a folder of .jsonl or .parquet files, or drop it for the embedded corpus"

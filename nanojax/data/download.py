@@ -49,7 +49,7 @@ def download(name: str, n: int, folder: str | Path, workers: int = 4, log: Calla
     """
     names = shard_names(name, n)
     hub = _hub()
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     missing = [shard for shard in names if not (folder / shard).is_file()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

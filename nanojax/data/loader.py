@@ -17,12 +17,12 @@ import numpy as np
 
 from nanojax.data.packing import Plan, read_rows
 from nanojax.errors import UserError
+from nanojax.ops.xent import IGNORED
 
 if TYPE_CHECKING:
     from nanojax.data.shards import TokenStore
 
 PREFETCH_STEPS = 2
-IGNORE = -1  # the target that no loss counts
 
 
 class Batch(NamedTuple):
@@ -97,7 +97,7 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """The first ceil(max_tokens / T) rows of the plan, or all if there are fewer, in order, in batches [1, rows_per_batch, T].
 
-    The last batch is filled up with copies of its last row whose targets are all IGNORE: one shape for all, each target counted once, and
+    The last batch is filled up with copies of its last row whose targets are all IGNORED: one shape for all, each target counted once, and
     no row without a document, whose attention would be undefined.
     """
     placement = _Placement((1, rows_per_batch, plan.seq_len), sharding)
@@ -105,7 +105,7 @@ def validation_batches(
     for at in range(0, total, rows_per_batch):
         rows = at + placement.rows
         host = _read(store, plan, np.minimum(rows, total - 1), n_vocab)
-        targets_RT = np.where((rows < total)[:, None], host.targets_RT, np.int32(IGNORE))
+        targets_RT = np.where((rows < total)[:, None], host.targets_RT, np.int32(IGNORED))
         yield placement.place(host._replace(targets_RT=targets_RT))
 
 
@@ -129,8 +129,8 @@ class _Steps:
     def __len__(self) -> int:
         return sys.maxsize // self.placement.rows_per_step
 
-    def __getitem__(self, step: int) -> _Host:
-        first = int(step) * self.placement.rows_per_step
+    def __getitem__(self, index: int) -> _Host:
+        first = int(index) * self.placement.rows_per_step
         rows = [self.order[first + row] for row in self.placement.rows.tolist()]
         return _read(self.store, self.plan, np.array(rows), self.n_vocab)
 
@@ -169,4 +169,9 @@ class _Placement:
     def _place(self, array_RT: np.ndarray) -> jax.Array | np.ndarray:
         if self.sharding is None:
             return array_RT.reshape(self.shape_ABT)
-        return jax.make_array_from_callback(self.shape_ABT, self.sharding, lambda index: array_RT[self._slot_AB[index[:2]], index[2]])
+
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "jax asks only for what this process holds"
+            return array_RT[self._slot_AB[index[:2]], index[2]]
+
+        return jax.make_array_from_callback(self.shape_ABT, self.sharding, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ import numpy as np
 
 from nanojax.config import DataConfig
 from nanojax.data import corpus
-from nanojax.errors import NanoJaxError, StorageError, UserError
+from nanojax.errors import StorageError, UserError
 from nanojax.tokenizer import SPLIT_PATTERN, Tokenizer
 
 FORMAT = 1  # part of every key: raise it when the same corpus would be split, tokenised or laid out differently
@@ -131,7 +132,7 @@ def prepare(data: DataConfig, vocab_size: int, log: Log) -> Prepared:
     mark = corpus.fingerprint(data, source)
     log(f"corpus: {'embedded, ' if source.kind == 'embedded' else ''}{source.root}, {len(source.files)} files, fingerprint {mark[:16]}")
     tokenizer = tokenizer_of(data, vocab_size, log, source)
-    cache = Path(data.cache).expanduser()
+    cache = Path(os.path.expanduser(data.cache))
     folder = cache / "tokens" / _key(mark, tokenizer.sha256, data.val_fraction, FORMAT)
     if folder.exists():
         log(f"tokens: from {folder}")
@@ -156,7 +157,7 @@ def tokenizer_of(data: DataConfig, vocab_size: int, log: Log, source: corpus.Sou
         log(f"tokenizer: {data.tokenizer}, {tokenizer.n_vocab:,} tokens, SHA-256 {tokenizer.sha256[:16]}")
         return tokenizer
     mark = corpus.fingerprint(data, source)
-    cache = Path(data.cache).expanduser()
+    cache = Path(os.path.expanduser(data.cache))
     key = _key(mark, vocab_size, data.val_fraction, TRAIN_CHARS, TRAIN_DOCUMENT_CHARS, SPLIT_PATTERN, FORMAT)
     path = cache / "tokenizers" / f"{key}.json"
     if path.exists():
@@ -167,6 +168,10 @@ def tokenizer_of(data: DataConfig, vocab_size: int, log: Log, source: corpus.Sou
         how = f"from {path}"
     else:
         began = time.monotonic()
+        with _storing(cache):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):  # find out before minutes of training, not after
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         tokenizer = train_tokenizer(data, vocab_size)
         with _storing(cache):
             tokenizer.save(path)
@@ -353,11 +358,12 @@ def _storing(cache: Path) -> Iterator[None]:
     """Trouble with the cache's disk, as one line that names the flag to change."""
     try:
         yield
-    except NanoJaxError:
+    except UserError:
         raise
     except OSError as error:
+        reason = getattr(error.__cause__ or error, "strerror", None) or error  # a StorageError from below names another remedy
         raise StorageError(
-            f"cannot write to the cache {cache}: {error.strerror or error}; free space there, or choose a folder with --data.cache"
+            f"cannot write to the cache {cache}: {reason}; free space there, or choose a folder with --data.cache"
         ) from error
 
 

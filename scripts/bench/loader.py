@@ -19,6 +19,7 @@ from nanojax.config import Packing
 from nanojax.errors import run_main
 
 N_VOCAB = 32768
+PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
         store = RandomStore(Path(folder), bench.documents, bench.mean_tokens)
         print(f"{os.cpu_count()} CPU cores ({platform.machine()}), load {os.getloadavg()[0]:.1f}, numpy {np.__version__}; {bench}")
         print(f"{bench.documents} documents, {store.offsets[-1] / 1e6:.0f} M tokens")
-        for packing in [bench.packing] if bench.packing else get_args(Packing):
+        for packing in (bench.packing,) if bench.packing else PACKINGS:
             for seq_len in [bench.seq_len] if bench.seq_len else [256, 2048]:
                 print(measure(store, packing, seq_len, bench), flush=True)
 

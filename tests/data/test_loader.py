@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nanojax.data.loader import IGNORE, PREFETCH_STEPS, Loader, _Placement, _Steps, validation_batches
+from nanojax.data.loader import PREFETCH_STEPS, Loader, _Placement, _Steps, validation_batches
 from nanojax.data.packing import plan
 from nanojax.errors import UserError
+from nanojax.ops.xent import IGNORED
 
 T = 16
 ROWS = 24  # a step
@@ -88,7 +89,7 @@ def test_the_order_of_a_seed_never_changes():
     store = MemoryStore()
     store.offsets = np.array([0, 5 * T + 1])
     loader = Loader(store, plan(store.offsets, T, "concat", None), rows_per_step=5, sharding=None, seed=0, n_vocab=N_VOCAB)
-    assert [(next(loader).inputs[0, :, 0] // T).tolist() for _ in range(3)] == [[2, 3, 1, 0, 4]]
+    assert [(next(loader).inputs[0, :, 0] // T).tolist() for _ in range(3)] == [[2, 3, 1, 0, 4], [3, 2, 4, 1, 0], [1, 2, 0, 4, 3]]
 
 
 def test_epoch_one_of_a_seed_is_not_epoch_nought_of_the_next(store):
@@ -126,6 +127,8 @@ def test_steps_read_ahead_do_not_count_as_handed_out(store):
     next(loader)
     wait_until(lambda: store.tokens_read >= 3 * ROWS * (T + 1))
     assert loader.get_state() == {"next_step": 1}
+    next(loader)
+    assert loader.get_state() == {"next_step": 2}
 
 
 def test_a_jump_to_a_far_step_reads_nothing_in_between(store):
@@ -187,8 +190,8 @@ def test_validation_counts_each_target_once_also_with_a_ragged_end(store, rows, 
     assert all(part.shape == (1, rows, T) for batch in batches for part in batch)
     targets = np.concatenate([batch.targets.ravel() for batch in batches])
     expected = min(made.rows, -(-max_tokens // T)) * T
-    assert targets[targets != IGNORE].tolist() == list(range(1, expected + 1))  # in order, from the beginning
-    assert (targets[expected:] == IGNORE).all()
+    assert targets[targets != IGNORED].tolist() == list(range(1, expected + 1))  # in order, from the beginning
+    assert (targets[expected:] == IGNORED).all()
     for batch in batches:
         assert batch.inputs.min() >= 0
         assert batch.segments.min() >= 1
@@ -280,7 +283,7 @@ def test_a_mesh_of_devices_and_processes_gets_the_batches_of_one(store, processe
     for found, rows_read, targets, refused in run_workers(processes, devices):
         assert found == expected
         assert rows_read == ROWS // processes  # each row once a process, though the tensor axis holds copies
-        assert targets == [*range(1, 20 * T + 1), *[IGNORE] * 4 * T]
+        assert targets == [*range(1, 20 * T + 1), *[IGNORED] * 4 * T]
         assert "divide evenly over the mesh, given 6" in refused
 
 

@@ -1,5 +1,7 @@
 """Packing: every plan against a naive reference and against literals worked by hand."""
 
+import json
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -11,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanojax.config import Packing
+from nanojax.config import DataConfig, Packing
 from nanojax.data import packing
 from nanojax.data.packing import Plan, load_or_make, plan, read_row, read_rows
+from nanojax.data.shards import prepare
 from nanojax.errors import UserError
 
 PACKINGS = get_args(Packing)
@@ -223,3 +226,17 @@ def test_a_corpus_too_small_is_named_by_its_folder_and_split(tmp_path):
 
 def test_every_packing_of_the_config_has_a_packer():
     assert tuple(packing.PACKERS) == PACKINGS
+
+
+def test_rows_of_a_real_store_begin_with_bos_and_read_as_their_documents(tmp_path):
+    texts = [f"def f{i}(x):\n    return {' + '.join(['x'] * (i % 40 + 1))}\n" for i in range(200)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepared = prepare(DataConfig(path=str(tmp_path), cache=str(tmp_path / "cache")), 300, lambda line: None)
+    made = load_or_make(pickle.loads(pickle.dumps(prepared.train)), seq_len=64, packing="best_fit", seed=0)
+    for row in range(made.rows):
+        tokens, segments = read_row(prepared.train, made, row)
+        assert tokens[0] == prepared.tokenizer.bos
+        for number in range(1, segments[-1] + 1):
+            bos, *rest = tokens[segments == number].tolist()
+            assert bos == prepared.tokenizer.bos
+            assert any(text.startswith(prepared.tokenizer.decode(rest)) for text in texts)
