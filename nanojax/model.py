@@ -125,6 +125,19 @@ class Block(nnx.Module):
         return x_BTD
 
 
+def make_blocks(block: Callable[..., Block], depth: int, key: Array) -> list[Block]:
+    """`depth` blocks, their parameters drawn in a loop: a model's worth of separate draws takes XLA a minute to compile for a GPU."""
+    graphs = []
+
+    def draw(k: Array) -> nnx.State:
+        graph, state = nnx.split(block(key=k), nnx.Param)
+        graphs.append(graph)
+        return state
+
+    stacked = jax.lax.map(draw, jax.random.split(key, depth))
+    return [nnx.merge(graphs[0], jax.tree.map(lambda leaf, i=i: leaf[i], stacked)) for i in range(depth)]
+
+
 class GPT(nnx.Module):
     """Decoder-only transformer. Parameters are fp32; activations are in `compute_dtype`.
 
@@ -141,9 +154,9 @@ class GPT(nnx.Module):
         dot: Dot = plain_dot,
         remat: bool = False,
     ):
-        k_embed, k_head, *k_blocks = jax.random.split(key, 2 + c.depth)
+        k_embed, k_head, k_blocks = jax.random.split(key, 3)
         self.embedding = nnx.Param(jax.random.normal(k_embed, (c.vocab_size, c.width), jnp.float32), out_sharding=("vocab", "embed"))
-        self.blocks = nnx.List([Block(c, attention=attention, dot=dot, key=k) for k in k_blocks])
+        self.blocks = nnx.List(make_blocks(functools.partial(Block, c, attention=attention, dot=dot), c.depth, k_blocks))
         self.norm = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.head = Linear((c.width, c.vocab_size), ("embed", "vocab"), dot=dot, name="head", key=k_head, init=zeros)
         self.embed_norm = rms_norm if c.embed_norm else identity
@@ -188,10 +201,17 @@ def split(build: Callable[[], GPT]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDt
 
     Parameters are a flat dict from here on: 'blocks.0.attention.q.w' -> array, the names that checkpoints and exports carry.
     """
-    graph, state = nnx.split(nnx.eval_shape(build), nnx.Param)
-    leaves = {name_of(path): leaf for path, leaf in nnx.to_flat_state(state)}
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in leaves.items()}
-    return graph, shapes, {name: leaf.get_metadata()["out_sharding"] for name, leaf in leaves.items()}
+    made = []
+
+    def trace() -> dict[str, Array]:
+        model = build()
+        made.append(nnx.split(model, nnx.Param))
+        return parameters(model)
+
+    # Not nnx.eval_shape, which wants logical axes to be mesh axes when a mesh is set.
+    shapes = jax.eval_shape(trace)
+    graph, state = made[0]
+    return graph, shapes, {name_of(path): leaf.get_metadata()["out_sharding"] for path, leaf in nnx.to_flat_state(state)}
 
 
 def parameters(model: GPT) -> dict[str, Array]:

@@ -60,7 +60,7 @@ class Tokenizer:
         smallest = N_BYTES + len(SPECIAL_TOKENS)
         if not smallest <= vocab_size <= MAX_ID:
             raise UserError(f"vocab_size={vocab_size} must lie between {smallest} (bytes and special tokens) and {MAX_ID}; try 32768")
-        bpe = rustbpe.Tokenizer()
+        bpe = rustbpe.Tokenizer()  # pyright: ignore[reportAttributeAccessIssue]  # compiled, without stubs
         pieces = (piece for text in texts for piece in _pieces(text))
         bpe.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         ranks = {bytes(token): rank for token, rank in bpe.get_mergeable_ranks()}

@@ -96,8 +96,6 @@ def labelled(data: DataConfig, source: Source, skipped: Counter[str] | None = No
 
 def split_of(position: int, val_fraction: float) -> Split:
     """Of the first n >= 2 documents, ceil((n - 1) * val_fraction) validate: never none, never all, and evenly spread."""
-    if position == 0:
-        return "train"
     return "val" if math.ceil(position * val_fraction) > math.ceil((position - 1) * val_fraction) else "train"
 
 

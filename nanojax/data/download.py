@@ -8,7 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 TRIES = 5
 BACKOFF_S = 2.0  # nanochat's: 2, 4, 8 and 16 seconds between five tries
-CHUNK = 2**20
 TIMEOUT_S = 60.0
 SHA256_HEX = 64
 PARTIAL_CONTENT = 206
@@ -79,6 +78,8 @@ def shard_names(name: str, n: int) -> list[str]:
 def _hub() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.errors
+        import huggingface_hub.utils
     except ImportError as error:
         raise UserError("downloads need huggingface_hub, which is not installed; pip install 'nanojax[hf]'") from error
     return huggingface_hub
@@ -110,7 +111,7 @@ def _fetch_all(hub: Any, repo: str, names: list[str], folder: Path, workers: int
         Progress(*columns, console=Console(stderr=True), transient=True) as bar,
         ThreadPoolExecutor(min(workers, len(names))) as pool,
     ):
-        fetch = _Fetch(hub, repo, folder, bar, threading.Event())
+        fetch = _Fetch(hub, repo, folder, bar)
         jobs = [pool.submit(fetch.shard, name) for name in names]
         try:
             for job in as_completed(jobs):
@@ -133,7 +134,7 @@ class _Fetch:
     repo: str
     folder: Path
     bar: Progress
-    stop: threading.Event
+    stop: threading.Event = field(default_factory=threading.Event)
     """Set when one of them has failed, or the user has had enough."""
 
     def shard(self, name: str) -> None:
@@ -183,7 +184,7 @@ class _Fetch:
             resumes = have > 0 and answer.status_code == PARTIAL_CONTENT
             self.bar.update(task, completed=have if resumes else 0)
             with open(partial, "ab" if resumes else "wb") as file:
-                for chunk in answer.iter_bytes(CHUNK):
+                for chunk in answer.iter_bytes():  # of no fixed size: those wait to be full, and a cut would lose up to one
                     if self.stop.is_set():
                         raise UserError("the download was stopped; run it again, it resumes")
                     file.write(chunk)
