@@ -120,8 +120,7 @@ def state_sha256(state: TrainState, data_state: dict[str, int]) -> str:
     digest = hashlib.sha256()
     leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
     for name, leaf in sorted(leaves.items()):
-        raw = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-        host = np.asarray(raw if raw.is_fully_addressable else multihost_utils.process_allgather(raw, tiled=True))
+        host = np.asarray(leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True))
         digest.update(f"{name} {host.dtype} {host.shape}\n".encode())
         digest.update(np.ascontiguousarray(host).tobytes())
     digest.update(json.dumps(data_state, sort_keys=True).encode())

@@ -121,7 +121,7 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
         with nnx.use_eager_sharding(False):
             params = parameters(build(key_init))
         zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, skipped=zero, key=key_run, params=params, moments=tx.init(params))
+        return TrainState(step=zero, skipped=zero, key=jax.random.key_data(key_run), params=params, moments=tx.init(params))
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     by_name, one = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh)

@@ -25,7 +25,7 @@ class TrainState:
     skipped: Array
     """Steps whose update was not finite and was left out."""
     key: Array
-    """The run's random key; a step that draws folds its number in."""
+    """The run's random key as uint32 data; a step that draws wraps it and folds its own number in."""
     params: dict[str, Array]
     moments: Any
 

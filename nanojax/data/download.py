@@ -149,7 +149,7 @@ class _Fetch:
             except (http_error, errors.HfHubHTTPError, errors.OfflineModeIsEnabled, _Damaged) as error:
                 status = getattr(getattr(error, "response", None), "status_code", None)
                 hopeless = status in (401, 403, 404) or isinstance(error, errors.OfflineModeIsEnabled)
-                if hopeless or attempt == TRIES:
+                if hopeless or attempt == TRIES or self.stop.is_set():
                     reason = str(error).split("\n")[0][:160] or type(error).__name__
                     raise UserError(
                         f"{url} could not be fetched (try {attempt} of {TRIES}: {reason}); "
