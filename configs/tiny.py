@@ -1,10 +1,10 @@
-"""4 layers on 2 CPU cores."""
+"""4 layers on 2 CPU cores, for a first look and for tests."""
 
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(depth=4, d_model=128, head_dim=32, d_ffn=384, seq_len=256, vocab_size=4096),
-    train=TrainConfig(steps=300, batch_tokens=2048, eval_every=100, eval_tokens=2**15, save_every=0, loss_blocks=1),
-    optim=OptimConfig(warmup_steps=10),
-    data=DataConfig(packing="concat"),
+    model=ModelConfig(depth=4, d_model=128, head_dim=64, d_ffn=384, seq_len=128, vocab_size=4096),
+    train=TrainConfig(steps=400, batch_tokens=1024, eval_every=200, eval_tokens=2**16, save_every=200, loss_blocks=1),
+    optim=OptimConfig(warmup_steps=10, reference_batch=None),
+    data=DataConfig(packing="concat", val_fraction=0.05),
 )

@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 # Public names, imported when first used, so that `nanojax --help` never imports jax.
 _PUBLIC = {"Config": "nanojax.config", "load_preset": "nanojax.cli", "GPT": "nanojax.model"}
-__all__ = ["GPT", "Config", "__version__", "load_preset"]  # noqa: F822  # lazily, by __getattr__
+__all__ = ["GPT", "Config", "__version__", "load_preset"]  # lazily, by __getattr__
 
 
 def __getattr__(name: str) -> Any:

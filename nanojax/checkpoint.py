@@ -18,7 +18,6 @@ from orbax.checkpoint import v1 as ocp
 from nanojax.errors import StorageError, UserError
 from nanojax.step import TrainState
 
-
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge); what fails raises.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
@@ -112,7 +111,6 @@ def storage(folder: Path) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
             raise
         raise StorageError(f"no space left in {folder}; free some and start again with --resume") from error
-
 
 
 def state_sha256(state: TrainState, data_state: dict[str, int]) -> str:

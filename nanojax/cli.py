@@ -94,7 +94,9 @@ def load_preset(path: str | Path) -> Config:
     if Path(path).suffix != ".py" or not Path(path).is_file():
         have = sorted(str(p) for p in Path("configs").glob("*.py"))
         near = difflib.get_close_matches(str(path), have, n=1, cutoff=0.3)
-        raise UserError(f"a preset is a Python file that assigns `config`, given {str(path)!r}, which is none; try {near[0] if near else 'configs/tiny.py'}")
+        raise UserError(
+            f"a preset is a Python file that assigns `config`, {str(path)!r} is none; try {near[0] if near else 'configs/tiny.py'}"
+        )
     try:
         config = runpy.run_path(str(path)).get("config")
     except UserError as error:

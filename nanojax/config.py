@@ -163,7 +163,7 @@ class OptimConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     path: str | None = None
-    """Folder of .jsonl or .parquet files (column `text`), or with --data.glob of any text. None: the embedded corpus, Python's own library."""
+    """Folder of .jsonl or .parquet files (column `text`), or with --data.glob of any text. None: Python's own library, on every machine."""
     glob: str | None = None
     """Pattern of files below the path, each a document: '**/*.py'."""
     tokenizer: Annotated[str | None, tyro.conf.arg(name="tokenizer", prefix_name=False)] = None
@@ -251,6 +251,18 @@ class Config:
                 f"seq_len={self.model.seq_len} must be a multiple of loss_blocks={self.train.loss_blocks}; "
                 f"try --loss-blocks {nearest_divisor(self.model.seq_len, self.train.loss_blocks)}"
             )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps, of a resolved config."""
+        assert self.train.steps is not None, "resolve the config first"
+        return self.train.steps
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens a step, of a resolved config."""
+        assert self.train.batch_tokens is not None, "resolve the config first"
+        return self.train.batch_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, ready for JSON."""

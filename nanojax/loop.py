@@ -13,13 +13,15 @@ from typing import Any
 
 import jax
 
-from nanojax.checkpoint import Checkpoints
-from nanojax.config import TrainConfig
+from nanojax.checkpoint import Checkpoints, state_sha256
 from nanojax.data.loader import Loader
 from nanojax.errors import Interrupted, NonFiniteError
 from nanojax.evals.bpb import Validation
+from nanojax.program import Program
+from nanojax.runs import RunFolder
+from nanojax.sizes import flops_per_token
 from nanojax.step import TrainState
-from nanojax.telemetry import ProfileWindow, ProgressLine, Sink
+from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, Sink, TensorBoard, peak_memory_bytes
 
 WARMUP_STEPS = 3  # left out of tokens/s: compilation, autotuning and first touches of memory
 MAX_SKIPPED_IN_A_ROW = 20
@@ -62,6 +64,30 @@ class Meter:
     _since: float | None = None
     _read: int = 0
     _skipped: tuple[float, int] = (0.0, 0)
+
+    @classmethod
+    def of(cls, program: Program, peak: float | None, bytes_per_token: float, folder: RunFolder, *, tensorboard: bool, done: int) -> Meter:
+        """The meter of a run that is at step `done`, writing into its folder; only the first process writes."""
+        config = program.config
+        sinks: list[Sink] = []
+        if jax.process_index() == 0:
+            sinks.append(JsonLines(folder.metrics, done))
+            if tensorboard:
+                sinks.append(TensorBoard(folder.path / "tensorboard"))
+        return cls(
+            sinks=sinks,
+            progress=ProgressLine(config.steps, done),
+            tokens_per_step=config.batch_tokens,
+            flops_per_token=flops_per_token(config.model),
+            peak_flops=peak,
+            bytes_per_token=bytes_per_token,
+            steps=config.steps,
+        )
+
+    def close(self) -> None:
+        self.progress.close()
+        for sink in self.sinks:
+            sink.close()
 
     def push(self, step: int, metrics: Any) -> None:
         """Step `step` was just started; read the one before."""
@@ -132,51 +158,94 @@ class Meter:
 
 @dataclasses.dataclass
 class Loop:
-    """The parts of a run that `fit` strings together."""
+    """A run in progress; use it as a context, so that files, threads and the last save are finished however it ends."""
 
-    train: TrainConfig
-    step: Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
+    program: Program
     loader: Loader
     meter: Meter
     profile: ProfileWindow
     checkpoints: Checkpoints
-    meta: Callable[[], dict[str, Any]]
-    """What is saved beside the state."""
-    evaluate: Callable[[TrainState], Validation]
+    evaluate: Callable[[dict[str, jax.Array]], Validation]
+    tokenizer_sha256: str
     stop_after: int | None
-    wait_each_step: bool
-    """Virtual CPU devices deadlock when steps queue up."""
+    initial: float | None = None
+    """Validation bits per byte before the first step."""
 
-    def fit(self, state: TrainState, done: int, interrupts: Interrupts, on_first_step: Callable[[], None]) -> TrainState:
-        """Steps done + 1 .. train.steps. Raises Interrupted, with the state saved, on a signal or after `stop_after`."""
-        steps = self.train.steps or 0
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.profile.close()
+        self.meter.close()
+        self.loader.close()
+        self.checkpoints.close()
+
+    def run(self, state: TrainState, saved: dict[str, Any], interrupts: Interrupts, started: float) -> tuple[TrainState, dict[str, Any]]:
+        """(last state, summary) after all steps. `saved` is the meta of the checkpoint that `state` came from, empty at first;
+        `started` is the perf_counter that first_step_s counts from.
+        """
+        config, done = self.program.config, int(state.step)
+        self.initial = saved.get("val_bpb_initial")
+        if self.initial is None:
+            self.initial = self.validate(state, done).bpb
+        state, first_step_s = self.fit(state, done, interrupts, started)
+        self.checkpoints.wait()
+        final = self.validate(state, config.steps)
+        rate = self.meter.tokens_per_second
+        return state, {
+            "steps": config.steps,
+            "tokens": config.steps * config.batch_tokens,
+            "params": self.program.parameters,
+            "flops_per_token": self.meter.flops_per_token,
+            "train_loss": self.meter.loss,
+            "val_bpb_initial": self.initial,
+            "val_bpb": final.bpb,
+            "val_tokens": final.targets,
+            "tokens_per_second": rate,
+            "mfu": self.meter.mfu(rate),
+            "peak_memory_bytes": peak_memory_bytes(jax.local_devices()),
+            "first_step_s": first_step_s,
+            "attention": self.program.attention,
+            "precision": self.program.precision,
+            "mesh": dict(self.program.mesh.shape),
+            "skipped": int(state.skipped),
+            "state_sha256": state_sha256(state, self.loader.get_state()),
+        }
+
+    def fit(self, state: TrainState, done: int, interrupts: Interrupts, started: float) -> tuple[TrainState, float | None]:
+        """(state after steps done + 1 .. steps, seconds to the first). Raises Interrupted, with the state saved, when told to stop."""
+        train, first_step_s = self.program.config.train, None
+        steps = self.program.config.steps
+        # Virtual CPU devices deadlock in their rendezvous when steps queue up.
+        wait_each = self.program.platform == "cpu" and self.program.mesh.size > 1
         for number in range(done + 1, steps + 1):
             if interrupts.name or number - 1 == self.stop_after:
                 self.leave(state, number - 1, interrupts.name)
             self.profile.before(number)
-            state, metrics = self.step(state, next(self.loader))
-            if self.wait_each_step or number == done + 1:
+            state, metrics = self.program.train_step(state, next(self.loader))
+            if wait_each or first_step_s is None:
                 jax.block_until_ready(metrics)
-            if number == done + 1:
-                on_first_step()
+                first_step_s = first_step_s or time.perf_counter() - started
             self.meter.push(number, metrics)
             self.profile.after(number, metrics)
             # Saved before it is evaluated: an evaluation that fails must not cost the run.
-            if due(number, self.train.save_every) or number == steps:
+            if due(number, train.save_every) or number == steps:
                 self.save(state)
-            if due(number, self.train.eval_every) and number != steps:
+            if due(number, train.eval_every) and number != steps:
                 self.validate(state, number)
         self.meter.flush()
-        return state
+        return state, first_step_s
 
     def save(self, state: TrainState) -> None:
         self.meter.pause()
-        self.checkpoints.save(state, self.meta())
+        config = self.program.config
+        own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
+        self.checkpoints.save(state, own | {"data": self.loader.get_state()})
 
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""
         self.meter.pause()
-        result = self.evaluate(state)
+        result = self.evaluate(state.params)
         self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
         self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
         return result

@@ -39,7 +39,7 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     if math.prod(shape) != len(devices):
         given = ",".join(f"{k}={v}" for k, v in sizes.items())
         raise UserError(
-            f"the mesh must hold every device: {given} makes {math.prod(shape)}, and there are {len(devices)}; try --mesh data={len(devices)}"
+            f"the mesh must hold every device: {given} makes {math.prod(shape)}, there are {len(devices)}; try --mesh data={len(devices)}"
         )
     # Auto: with jax's default, Explicit, an embedding's gather and a target's pick raise ShardingTypeError.
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
@@ -56,7 +56,8 @@ def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
     ):
         if size % mesh.shape[axis]:
             raise UserError(
-                f"{name}={size} must be a multiple of the mesh axis {axis}={mesh.shape[axis]}; try {axis}={nearest_divisor(size, mesh.shape[axis])}"
+                f"{name}={size} must be a multiple of the mesh axis {axis}={mesh.shape[axis]}; "
+                f"try --mesh {axis}={nearest_divisor(size, mesh.shape[axis])}"
             )
 
 
@@ -90,7 +91,7 @@ def moment_shardings(abstract_moments: Any, shardings: Mapping[str, NamedShardin
     """
 
     def sharding_of(path: Any, leaf: Any) -> NamedSharding:
-        name = getattr(path[-1], "key", None) if path else None
+        name = getattr(path[-1], "key", "") if path else ""
         return shardings[name] if name in shardings and len(shardings[name].spec) == leaf.ndim else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(sharding_of, abstract_moments)

@@ -6,7 +6,8 @@ Letters: B batch, T tokens, D model, F feed-forward, N query heads, K key and va
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -225,5 +226,5 @@ def merge(graph: nnx.GraphDef, params: dict[str, Array]) -> GPT:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def name_of(path: tuple[str | int, ...]) -> str:
+def name_of(path: Sequence[Any]) -> str:
     return ".".join(map(str, path))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from nanojax.config import OptimConfig
@@ -28,7 +30,7 @@ def optimizer(c: OptimConfig, *, steps: int, batch_tokens: int, d_model: int, ns
             optax.scale_by_adam(*c.betas, eps=c.eps), optax.add_decayed_weights(decay), optax.scale_by_learning_rate(lr * batch_scale)
         )
 
-    groups = {
+    groups: dict[Hashable, optax.GradientTransformation] = {
         "matrix": optax.chain(scale_by_muon(c, ns_dtype), optax.scale_by_learning_rate(c.matrix_lr * batch_scale)),
         "embedding": adamw(c.embedding_lr * width_scale, c.weight_decay),
         "head": adamw(c.head_lr * width_scale, c.weight_decay),
@@ -58,7 +60,8 @@ def schedule(c: OptimConfig, steps: int) -> optax.Schedule:
     """Multiplier of every learning rate: linear warm-up, flat, linear warm-down over the last share of the run."""
     warmdown = max(1, round(c.warmdown * steps))
 
-    def multiplier(step: Array) -> Array:
+    def multiplier(step: ArrayLike) -> Array:
+        step = jnp.asarray(step)
         rise = (step + 1) / max(1, c.warmup_steps)
         left = jnp.clip((steps - step) / warmdown, 0, 1)
         return jnp.minimum(1.0, jnp.minimum(rise, left + (1 - left) * c.final_lr))
@@ -67,7 +70,7 @@ def schedule(c: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class MuonState(NamedTuple):
-    count: Array
+    step: Array
     momentum: Any
 
 
@@ -81,12 +84,12 @@ def scale_by_muon(c: OptimConfig, ns_dtype: jnp.dtype) -> optax.GradientTransfor
     def init(params: Any) -> MuonState:
         return MuonState(jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        m = low + (high - low) * jnp.minimum(1.0, state.count / max(1, c.momentum_warmup))
-        momentum = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda b, g: m * b + (1 - m) * g, momentum, grads)
-        return orthogonalise_all(nesterov, c.ns_steps, ns_dtype), MuonState(state.count + 1, momentum)
+        m = low + (high - low) * jnp.minimum(1.0, state.step / max(1, c.momentum_warmup))
+        momentum = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, updates)
+        nesterov = jax.tree.map(lambda b, g: m * b + (1 - m) * g, momentum, updates)
+        return orthogonalise_all(nesterov, c.ns_steps, ns_dtype), MuonState(state.step + 1, momentum)
 
     return optax.GradientTransformation(init, update)
 

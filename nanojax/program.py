@@ -47,7 +47,9 @@ class Program:
     rows: int
     """Rows of a microbatch on all devices together, B."""
     shapes: TrainState
+    """ShapeDtypeStructs."""
     shardings: TrainState
+    """A TrainState of NamedShardings."""
     init: Callable[[Array], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[dict[str, Array], Any, Array], dict[str, Array]]
@@ -80,15 +82,13 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     meshes.check_divisible(config.model, mesh)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas)
-    accumulation = (config.train.batch_tokens or 0) // (config.model.seq_len * rows * replicas)
+    accumulation = config.batch_tokens // (config.model.seq_len * rows * replicas)
     platform = mesh.devices.flat[0].platform
     compute, precision = formats(config, platform)
     dtype = DTYPES[compute]
     packed = config.data.mask_documents
     try:
-        attention, why = resolve(
-            config.train.attn_impl, platform=platform, dtype=dtype, head_dim=config.model.head_dim, packed=packed
-        )
+        attention, why = resolve(config.train.attn_impl, platform=platform, dtype=dtype, head_dim=config.model.head_dim, packed=packed)
     except ValueError as error:
         raise UserError(str(error)) from error
     sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -106,12 +106,12 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
     prepare = functools.partial(prepare_weights, precision=DTYPES[precision], dtype=dtype)
-    head = dict(softcap=config.model.softcap, blocks=config.train.loss_blocks, packed=packed)
+    head = dict(blocks=config.train.loss_blocks, packed=packed)
     options = COMPILER_OPTIONS.get(platform) or None
     tx = optimizer(
         config.optim,
-        steps=config.train.steps or 1,
-        batch_tokens=config.train.batch_tokens or 1,
+        steps=config.steps,
+        batch_tokens=config.batch_tokens,
         d_model=config.model.width,
         ns_dtype=dtype,
     )
@@ -130,7 +130,7 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     step = functools.partial(
         train_step,
         tx=tx,
-        lr=schedule(config.optim, config.train.steps or 1),
+        lr=schedule(config.optim, config.steps),
         prepare=prepare,
         loss=functools.partial(microbatch_nats, graph, **head),
         shardings=by_name,

@@ -34,6 +34,10 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
     def has_checkpoint(self) -> bool:
         return self.checkpoints.is_dir() and any(child.name.isdigit() and child.is_dir() for child in self.checkpoints.iterdir())
 
@@ -56,7 +60,9 @@ class RunFolder:
             with tempfile.TemporaryFile(dir=self.path):
                 pass
         except OSError as error:
-            raise UserError(f"--out must be a folder that can be written, given {self.path} ({error.strerror}); try another --out") from error
+            raise UserError(
+                f"--out must be a folder that can be written, given {self.path} ({error.strerror}); try another --out"
+            ) from error
 
     def write(self, config: Config, data: Prepared) -> None:
         """Save the resolved config, the tokenizer, and the hash of the tokens."""
@@ -118,7 +124,9 @@ class RunFolder:
         old, new = flatten(saved.to_dict()), flatten(config.to_dict())
         changed = [f"{key} {old[key]} -> {new[key]}" for key in new if key not in FREE_ON_RESUME and listed(old[key]) != listed(new[key])]
         if changed:
-            raise UserError(f"--resume needs the run's own config, changed are {', '.join(changed)}; drop those flags or give another --out")
+            raise UserError(
+                f"--resume needs the run's own config, changed are {', '.join(changed)}; drop those flags or give another --out"
+            )
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

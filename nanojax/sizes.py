@@ -40,9 +40,7 @@ def count_parameters(model: ModelConfig) -> Parameters:
     gains = 0
     if model.norm == "learnable":
         gains = model.depth * (2 * d + (2 * h if model.qk_norm else 0)) + d
-    return Parameters(
-        embedding=model.vocab_size * d, head=model.vocab_size * d, matrices=model.depth * (attention + ffn), gains=gains
-    )
+    return Parameters(embedding=model.vocab_size * d, head=model.vocab_size * d, matrices=model.depth * (attention + ffn), gains=gains)
 
 
 def flops_per_token(model: ModelConfig) -> int:
@@ -89,8 +87,7 @@ def micro_batch(config: Config, replicas: int) -> int:
     Raises UserError when the rows of a step cannot be dealt out evenly.
     """
     train, t = config.train, config.model.seq_len
-    assert train.batch_tokens is not None, "resolve the config first"
-    rows = train.batch_tokens // t
+    rows = config.batch_tokens // t
     if rows % replicas:
         raise UserError(
             f"a step has {rows} rows (batch_tokens={train.batch_tokens} / seq_len={t}), which {replicas} devices along data and fsdp "

@@ -16,17 +16,18 @@ from nanojax.model import merge
 from nanojax.ops.xent import IGNORED, token_nats, total_nats
 from nanojax.optim import label
 
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that a step changes. Parameters and moments are fp32, params by name (model.split)."""
+    """All that a step changes, or the shapes or shardings of it. Parameters and moments are fp32, params by name (model.split)."""
 
-    step: Array
-    skipped: Array
+    step: Any
+    skipped: Any
     """Steps whose update was not finite and was left out."""
-    key: Array
+    key: Any
     """The run's random key as uint32 data; a step that draws wraps it and folds its own number in."""
-    params: dict[str, Array]
+    params: dict[str, Any]
     moments: Any
 
 
@@ -47,16 +48,23 @@ def prepare_weights(params: dict[str, Array], *, precision: jnp.dtype, dtype: jn
     return {name: cast(name, w) for name, w in params.items()}
 
 
-def microbatch_nats(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, *, softcap: float | None, blocks: int, packed: bool) -> Array:
+def microbatch_nats(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, *, blocks: int, packed: bool) -> Array:
     """Summed loss of one microbatch in nats."""
     model = merge(graph, weights)
     x_BTD = model.hidden(batch.inputs, batch.segments if packed else None)
     with jax.named_scope("loss"):
-        return total_nats(x_BTD, model.head.w[...], batch.targets, softcap, blocks)
+        return total_nats(x_BTD, model.head.w[...], batch.targets, model.softcap, blocks)
 
 
 def train_step(
-    state: TrainState, batch: Any, *, tx: optax.GradientTransformation, lr: optax.Schedule, prepare: Callable, loss: Callable, shardings: dict
+    state: TrainState,
+    batch: Any,
+    *,
+    tx: optax.GradientTransformation,
+    lr: optax.Schedule,
+    prepare: Callable,
+    loss: Callable,
+    shardings: dict,
 ) -> tuple[TrainState, dict[str, Array]]:
     """One step over `batch`, whose arrays are [A, B, T]; metrics are f32 scalars that stay on the device.
 
@@ -94,7 +102,6 @@ def eval_step(
     bytes_V: Array,
     *,
     prepare: Callable,
-    softcap: float | None,
     blocks: int,
     packed: bool,
 ) -> dict[str, Array]:
@@ -102,7 +109,7 @@ def eval_step(
     model = merge(graph, prepare(params))
     inputs_BT, targets_BT, segments_BT = (x[0] for x in (batch.inputs, batch.targets, batch.segments))
     x_BTD = model.hidden(inputs_BT, segments_BT if packed else None)
-    nats_BT = token_nats(x_BTD, model.head.w[...], targets_BT, softcap=softcap, blocks=blocks)
+    nats_BT = token_nats(x_BTD, model.head.w[...], targets_BT, softcap=model.softcap, blocks=blocks)
     bytes_BT = jnp.where(targets_BT == IGNORED, 0, bytes_V[targets_BT])
     return {
         "nats": jnp.sum(jnp.where(bytes_BT > 0, nats_BT, 0)),

@@ -54,11 +54,12 @@ def peak_memory_bytes(devices: list[jax.Device]) -> int:
 
 def header(config: Config, facts: dict[str, str], peak: float | None) -> str:
     """What is about to run: versions, `facts` (devices, mesh, attention, data), counts by formula, expected time."""
-    model, train = config.model, config.train
-    assert train.steps and train.batch_tokens, "resolve the config first"
+    model = config.model
     counts, flops = count_parameters(model), flops_per_token(model)
-    tokens = train.steps * train.batch_tokens
-    expected = "known after the first steps" if peak is None else f"{duration(flops * tokens / (peak * EXPECTED_MFU))} at {EXPECTED_MFU:.0%} MFU"
+    tokens = config.steps * config.batch_tokens
+    expected = "known after the first steps"
+    if peak is not None:
+        expected = f"{duration(flops * tokens / (peak * EXPECTED_MFU))} at {EXPECTED_MFU:.0%} MFU"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in LIBRARIES)
     rows = {
         "versions": f"python {sys.version.split()[0]}, {versions}",
@@ -69,7 +70,7 @@ def header(config: Config, facts: dict[str, str], peak: float | None) -> str:
         f"matrices {counts.matrices:,}, gains {counts.gains:,})",
         "per token": f"{flops:,} FLOPs forward and backward",
         "memory": f"{gib(state_bytes(model))} of parameters and moments, {gib(step_bytes(model))} of gradients and casts, over the mesh",
-        "run": f"{train.steps:,} steps of {train.batch_tokens:,} tokens, {tokens:,} in all",
+        "run": f"{config.steps:,} steps of {config.batch_tokens:,} tokens, {tokens:,} in all",
         "expected": expected,
     }
     return "\n".join(f"{name:>12}  {text}" for name, text in rows.items())
@@ -145,12 +146,13 @@ class ProgressLine:
         self._steps, self._last = steps, 0.0
         self._bar: Progress | None = None
         if self._console.is_terminal:
-            self._bar = Progress(
+            bar = Progress(
                 TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
                 console=self._console,
             )  # fmt: skip
-            self._task = self._bar.add_task("", total=steps, completed=done)
-            self._bar.start()
+            self._task = bar.add_task("", total=steps, completed=done)
+            bar.start()
+            self._bar = bar
 
     def update(self, step: int, text: str, seconds_left: float | None) -> None:
         """Show step `step` as done; None where the time left is not known yet."""
@@ -202,8 +204,8 @@ def parse_window(text: str) -> tuple[int, int]:
     return int(first), int(last)
 
 
-def draw_loss(records: list[dict[str, Any]], target: Path) -> str | None:
-    """Write the loss curve as a picture. Returns what is missing when there is no matplotlib."""
+def draw_loss(metrics: Path, target: Path) -> str:
+    """Draw metrics.jsonl as a picture. Returns where it is, or what is missing when there is no matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -211,6 +213,7 @@ def draw_loss(records: list[dict[str, Any]], target: Path) -> str | None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
     train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
     validation = [(r["step"], r["val_bpb"]) for r in records if "val_bpb" in r]
     figure, left = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
@@ -226,4 +229,4 @@ def draw_loss(records: list[dict[str, Any]], target: Path) -> str | None:
         axis.spines["top"].set_visible(False)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
-    return None
+    return str(target)

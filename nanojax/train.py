@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,8 +13,11 @@ from nanojax.config import Config
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
     from nanojax.runs import RunFolder
+
+MANY_DROPPED = 0.5  # nanochat drops a third of FineWeb-Edu at T = 2048; more than half means documents longer than rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,95 +82,57 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
 
 
 def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, started: float) -> None:
-    """The run itself: mesh, program, state, loop, summary."""
+    """The run itself: program, data, state, loop, summary."""
     import jax
 
     from nanojax import telemetry
-    from nanojax.checkpoint import Checkpoints, state_sha256
-    from nanojax.data.loader import Loader, validation_batches
+    from nanojax.checkpoint import Checkpoints
+    from nanojax.data.loader import Loader
     from nanojax.data.packing import load_or_make
-    from nanojax.evals.bpb import Validation, bytes_table, evaluate
+    from nanojax.evals.bpb import validator
     from nanojax.loop import Interrupts, Loop, Meter
-    from nanojax.mesh import batch_sharding, replicated
+    from nanojax.mesh import batch_sharding
     from nanojax.program import keep_compiled_programs, make_program
-    from nanojax.sizes import flops_per_token
-    from nanojax.step import TrainState
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
-    program, model = make_program(config), config.model
-    mesh = program.mesh
-    steps, batch_tokens = config.train.steps or 0, config.train.batch_tokens or 0
+    program = make_program(config)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
-    facts = program.facts | {"tokenizer": f"{data.tokenizer.n_vocab:,} tokens, {data.bytes_per_token:.2f} bytes each, {data.tokenizer.sha256[:16]}"}
-    print(telemetry.header(config, facts | {"folder": str(folder.path)}, peak), flush=True)
-
-    train_plan = load_or_make(data.train, seq_len=model.seq_len, packing=config.data.packing, seed=config.train.seed)
-    val_plan = load_or_make(data.val, seq_len=model.seq_len, packing=config.data.packing, seed=None)
-    rows = batch_tokens // model.seq_len
+    plan = load_or_make(data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed)
+    print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
     loader = Loader(
-        data.train, train_plan, rows_per_step=rows, accum=program.accumulation, sharding=batch_sharding(mesh), seed=config.train.seed,
+        data.train,
+        plan,
+        rows_per_step=program.rows * program.accumulation,
+        accum=program.accumulation,
+        sharding=batch_sharding(program.mesh),
+        seed=config.train.seed,
         n_vocab=data.tokenizer.n_vocab,
-    )  # fmt: skip
-    bytes_V = jax.device_put(bytes_table(data.tokenizer, model.vocab_size), replicated(mesh))
-
-    def validate(state: TrainState) -> Validation:
-        batches = validation_batches(
-            data.val, val_plan, rows_per_batch=rows // program.accumulation, max_tokens=config.train.eval_tokens,
-            sharding=batch_sharding(mesh), n_vocab=data.tokenizer.n_vocab,
-        )  # fmt: skip
-        return evaluate(program.eval_step, state.params, batches, bytes_V)
-
+    )
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
-    with jax.set_mesh(mesh), Interrupts() as interrupts:
+    with jax.set_mesh(program.mesh), Interrupts() as interrupts:
         if command.resume:
-            state, meta = checkpoints.restore(program.shapes, program.shardings)
-            loader.set_state(meta["data"])
+            state, saved = checkpoints.restore(program.shapes, program.shardings)
+            loader.set_state(saved["data"])
         else:
-            state, meta = program.init(jax.random.key(config.train.seed)), {}
+            state, saved = program.init(jax.random.key(config.train.seed)), {}
             folder.write(config, data)
-        done = int(state.step)
-        progress = telemetry.ProgressLine(steps, done)
-        sinks: list[telemetry.Sink] = [telemetry.JsonLines(folder.path / "metrics.jsonl", done)]
-        if command.tensorboard:
-            sinks.append(telemetry.TensorBoard(folder.path / "tensorboard"))
-        meter = Meter(sinks, progress, batch_tokens, flops_per_token(model), peak, data.bytes_per_token, steps)
-        history = {"val_bpb_initial": meta.get("val_bpb_initial"), "first_step_s": None}
+        meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
+        loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
+        with loop:
+            state, outcome = loop.run(state, saved, interrupts, started)
+    folder.write_json("summary.json", outcome)
+    picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
+    print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
 
-        def to_save() -> dict:
-            own = {"config": config.to_dict(), "tokenizer_sha256": data.tokenizer.sha256, "val_bpb_initial": history["val_bpb_initial"]}
-            return own | {"data": loader.get_state()}
 
-        def first_step() -> None:
-            history["first_step_s"] = time.perf_counter() - started
-
-        loop = Loop(
-            config.train, program.train_step, loader, meter, profile, checkpoints, to_save, validate, command.stop_after,
-            wait_each_step=program.platform == "cpu" and mesh.size > 1,
-        )  # fmt: skip
-        try:
-            if done == 0:
-                history["val_bpb_initial"] = loop.validate(state, 0).bpb
-            state = loop.fit(state, done, interrupts, first_step)
-            checkpoints.wait()
-            final = loop.validate(state, steps)
-        finally:
-            profile.close()
-            progress.close()
-            checkpoints.close()
-            loader.close()
-    rate = meter.tokens_per_second
-    summary = {
-        "steps": steps, "tokens": steps * batch_tokens, "params": program.parameters, "flops_per_token": flops_per_token(model),
-        "train_loss": meter.loss, **history, "val_bpb": final.bpb, "val_tokens": final.targets, "tokens_per_second": rate,
-        "mfu": meter.mfu(rate), "peak_memory_bytes": telemetry.peak_memory_bytes(jax.local_devices()), "attention": program.attention,
-        "precision": program.precision, "mesh": dict(mesh.shape), "skipped": int(state.skipped),
-        "state_sha256": state_sha256(state, loader.get_state()),
-    }  # fmt: skip
-    folder.write_json("summary.json", summary)
-    records = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
-    missing = telemetry.draw_loss(records, folder.path / "loss.png")
-    print(f"validation {history['val_bpb_initial']:.4f} -> {final.bpb:.4f} bits per byte; {missing or folder.path / 'loss.png'}")
+def data_facts(data: Prepared, plan: Plan) -> dict[str, str]:
+    """Lines for the header."""
+    advice = "; --data.packing concat would keep them" if plan.dropped > MANY_DROPPED and plan.packing == "best_fit" else ""
+    return {
+        "tokenizer": f"{data.tokenizer.n_vocab:,} tokens, {data.bytes_per_token:.2f} bytes each, SHA-256 {data.tokenizer.sha256[:16]}",
+        "rows": f"{plan.rows:,} an epoch, {plan.packing}, {plan.dropped:.0%} of the tokens in none{advice}",
+    }
 
 
 if __name__ == "__main__":

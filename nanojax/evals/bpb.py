@@ -7,9 +7,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Array
 
+from nanojax.data.loader import validation_batches
+from nanojax.data.packing import load_or_make
+from nanojax.data.shards import Prepared
+from nanojax.mesh import batch_sharding, replicated
+from nanojax.program import Program
 from nanojax.tokenizer import Tokenizer
 
 
@@ -35,6 +41,26 @@ def evaluate(eval_step: Callable, params: dict[str, Array], batches: Iterable[An
         loss=sums["all_nats"] / max(1.0, sums["targets"]),
         targets=int(sums["targets"]),
     )
+
+
+def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], Validation]:
+    """params -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order."""
+    config, mesh, n_vocab = program.config, program.mesh, data.tokenizer.n_vocab
+    plan = load_or_make(data.val, seq_len=config.model.seq_len, packing=config.data.packing, seed=None)
+    bytes_V = jax.device_put(bytes_table(data.tokenizer, config.model.vocab_size), replicated(mesh))
+
+    def validate(params: dict[str, Array]) -> Validation:
+        batches = validation_batches(
+            data.val,
+            plan,
+            rows_per_batch=program.rows,
+            max_tokens=config.train.eval_tokens,
+            sharding=batch_sharding(mesh),
+            n_vocab=n_vocab,
+        )
+        return evaluate(program.eval_step, params, batches, bytes_V)
+
+    return validate
 
 
 def bytes_table(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:

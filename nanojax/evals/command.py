@@ -49,24 +49,14 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from nanojax.checkpoint import Checkpoints
-    from nanojax.data.loader import validation_batches
-    from nanojax.data.packing import load_or_make
-    from nanojax.evals.bpb import bytes_table, evaluate
-    from nanojax.mesh import batch_sharding, replicated
+    from nanojax.evals.bpb import validator
     from nanojax.program import keep_compiled_programs, make_program
 
     keep_compiled_programs(config.data.cache)
-    program, model = make_program(config), config.model
-    plan = load_or_make(prepared.val, seq_len=model.seq_len, packing=config.data.packing, seed=None)
+    program = make_program(config)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
     with jax.set_mesh(program.mesh):
-        params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
-        batches = validation_batches(
-            prepared.val, plan, rows_per_batch=program.rows, max_tokens=train.eval_tokens, sharding=batch_sharding(program.mesh),
-            n_vocab=prepared.tokenizer.n_vocab,
-        )  # fmt: skip
-        bytes_V = jax.device_put(bytes_table(prepared.tokenizer, model.vocab_size), replicated(program.mesh))
-        result = evaluate(program.eval_step, params, batches, bytes_V)
+        result = validator(program, prepared)(checkpoints.restore_params(program.shapes.params, program.shardings.params))
     print(
         f"step {checkpoints.latest}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
         f"{result.targets:,} tokens, attention {program.attention}, precision {program.precision}"

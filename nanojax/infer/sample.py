@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     """Print the prompt and its continuation, as it is made."""
     command = parse(SampleCommand, argv, prog="nanojax sample", description=main.__doc__ or "")
 
-    from nanojax.runs import RunFolder
     from nanojax.infer.text import utf8_stream
+    from nanojax.runs import RunFolder
 
     folder = RunFolder(Path(command.run))
     folder.read()

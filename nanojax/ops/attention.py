@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def reference_attention(q_BTNH, k_BTKH, v_BTKH, *, window=None, segments_BT=None
     return out.reshape(b, t, n, h).astype(q_BTNH.dtype)
 
 
-def jax_attention(q_BTNH, k_BTKH, v_BTKH, *, implementation: str, window=None, segments_BT=None):
+def jax_attention(q_BTNH, k_BTKH, v_BTKH, *, implementation: Literal["cudnn", "xla"], window=None, segments_BT=None):
     """`jax.nn.dot_product_attention`. Its local window (W - 1, 0) holds W keys; it has no segments, so they become a dense mask."""
     mask = None if segments_BT is None else visible(q_BTNH.shape[1], None, segments_BT)[:, None]
     return jax.nn.dot_product_attention(
@@ -90,7 +90,7 @@ def resolve(name: str, *, platform: str, dtype: jnp.dtype, head_dim: int, packed
 
     Raises ValueError when the named backend cannot serve: there is no silent fall-back.
     """
-    facts = dict(platform=platform, dtype=dtype, head_dim=head_dim, packed=packed)
+    facts: dict[str, Any] = dict(platform=platform, dtype=dtype, head_dim=head_dim, packed=packed)
     if name != "auto":
         if reason := refusal(name, **facts):
             raise ValueError(f"attn_impl={name}: {reason}; try --attn-impl auto")

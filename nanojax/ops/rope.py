@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 
 def rope_table(positions_T: Int[Array, " T"], head_dim: int, base: float) -> tuple[Float[Array, "T H"], Float[Array, "T H"]]:
-    """(cos, sin) in float32 for `rotate`: the angle of pair i is position * base ** (-2i / H). Su et al. 2021, arXiv:2104.09864, equation 15.
+    """(cos, sin) in float32 for `rotate`: the angle of pair i is position * base ** (-2i / H). Su et al. 2021, arXiv:2104.09864, eq. 15.
 
     sin carries the sign of the half that it multiplies: minus for the first.
     """
@@ -22,4 +22,4 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rope: tuple[Float[Array, "T H"], Flo
     x = x_BTNH.astype(jnp.float32)
     # A roll by half the head, rather than a concatenation of two products: XLA fuses it into one pass.
     swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)
-    return (x * cos_TH[:, None, :] + swapped * sin_TH[:, None, :]).astype(x_BTNH.dtype)
+    return (x * cos_TH[None, :, None] + swapped * sin_TH[None, :, None]).astype(x_BTNH.dtype)

@@ -46,7 +46,7 @@ def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
         logits, lse, picked = capped_logits(x, w_DV, targets, softcap)
         valid = targets != IGNORED
         total += jnp.sum(jnp.where(valid, lse - picked, 0))
-        d_BTV = jnp.exp(logits - lse[..., None]) - (targets[..., None] == jnp.arange(w_DV.shape[1]))
+        d_BTV = jnp.exp(logits - lse[..., None]) - (targets[..., None] == jnp.arange(w_DV.shape[1])[None, None])
         if softcap is not None:
             d_BTV *= 1 - jnp.square(logits / softcap)
         d_BTV = jnp.where(valid[..., None], d_BTV, 0).astype(x.dtype)
@@ -73,7 +73,7 @@ def capped_logits(x_BTD, w_DV, targets_BT, softcap):
     if softcap is not None:
         logits = softcap * jnp.tanh(logits / softcap)
     # A comparison, not a gather: it fuses into the reduction and works on a vocabulary that is sharded.
-    hit = targets_BT[..., None] == jnp.arange(w_DV.shape[1])
+    hit = targets_BT[..., None] == jnp.arange(w_DV.shape[1])[None, None]
     return logits, jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(hit, logits, 0), axis=-1)
 
 
