@@ -1,4 +1,4 @@
-"""12 layers, 135 M parameters, one GPU.   python -m nanojax.train configs/d12.py --data.path DIR"""
+"""12 layers, 135 M parameters, on one GPU.   nanojax train configs/d12.py --data.path DIR"""
 
 from nanojax.config import Config, ModelConfig
 

@@ -1,4 +1,4 @@
-"""20 layers, 490 M parameters, one 80 GB GPU.   python -m nanojax.train configs/d20.py --data.path DIR"""
+"""20 layers, 490 M parameters, on one 80 GB GPU.   nanojax train configs/d20.py --data.path DIR"""
 
 from nanojax.config import Config, ModelConfig, TrainConfig
 

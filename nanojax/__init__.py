@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanojax.cli import load_preset
+    from nanojax.config import Config
+    from nanojax.model import GPT
 
 __version__ = "0.1.0"
 

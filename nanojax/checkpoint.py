@@ -29,8 +29,8 @@ class Checkpoints:
         self.folder = folder
         with storage(folder):
             self._orbax = ocp.training.Checkpointer(
-                folder.absolute(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                str(folder.absolute()),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]  # orbax's own two protocols disagree
                 cleanup_tmp_directories=True,
             )
         self._pending: Any = None

@@ -39,14 +39,9 @@ def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, de
     out = io.StringIO()
     try:
         with contextlib.redirect_stderr(out):
-            return tyro.cli(
-                spec,
-                prog=prog,
-                description=description,
-                default=default,
-                args=[arg for arg in argv if arg != "--debug"],
-                config=(tyro.conf.AvoidSubcommands,),
-            )
+            words = f"{description} With --debug, an error shows its traceback."
+            args = [arg for arg in argv if arg != "--debug"]
+            return tyro.cli(spec, prog=prog, description=words, default=default or tyro.MISSING, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

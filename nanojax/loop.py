@@ -43,8 +43,9 @@ class Interrupts:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.name = signal.Signals(number).name
-        signal.signal(number, self._old[number])
+        which = signal.Signals(number)
+        self.name = which.name
+        signal.signal(which, self._old[which])
 
 
 @dataclasses.dataclass

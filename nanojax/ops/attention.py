@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 
@@ -70,7 +71,7 @@ BACKENDS: Mapping[str, Callable[..., Array]] = {
 AUTO_ORDER = ("cudnn", "xla")
 
 
-def refusal(name: str, *, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> str | None:
+def refusal(name: str, *, platform: str, dtype: DTypeLike, head_dim: int, packed: bool) -> str | None:
     """Why a backend cannot serve, or None when it can."""
     if name != "cudnn":
         return None
@@ -85,7 +86,7 @@ def refusal(name: str, *, platform: str, dtype: jnp.dtype, head_dim: int, packed
     return None
 
 
-def resolve(name: str, *, platform: str, dtype: jnp.dtype, head_dim: int, packed: bool) -> tuple[str, str]:
+def resolve(name: str, *, platform: str, dtype: DTypeLike, head_dim: int, packed: bool) -> tuple[str, str]:
     """(backend, why) for a named backend or `auto`, decided once at the start of a run.
 
     Raises ValueError when the named backend cannot serve: there is no silent fall-back.
