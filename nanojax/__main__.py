@@ -33,6 +33,7 @@ def dispatch(argv: Sequence[str]) -> None:
 
 
 def main() -> None:
+    """Entry point of the `nanojax` command."""
     run_main(dispatch, sys.argv[1:])
 
 

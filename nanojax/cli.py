@@ -41,7 +41,7 @@ def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, de
         with contextlib.redirect_stderr(out):
             words = f"{description} With --debug, an error shows its traceback."
             args = [arg for arg in argv if arg != "--debug"]
-            return tyro.cli(spec, prog=prog, description=words, default=default or tyro.MISSING, args=args)
+            return tyro.cli(spec, prog=prog, description=words, default=default or tyro.MISSING_NONPROP, args=args)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise

@@ -31,6 +31,8 @@ def round_up(x: float, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The network; every switch on its own, and depth setting what is left at None."""
+
     depth: int = 12
     """Layers; the one dial from which width, heads, batch and steps follow."""
     seq_len: int = 2048
@@ -114,6 +116,8 @@ def nanochat(depth: int, **changes: Any) -> ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """Learning rates and moments of Muon and AdamW, and their schedule."""
+
     matrix_lr: float = 0.02
     """Muon's learning rate, for the matrices of the blocks."""
     embedding_lr: float = 0.2
@@ -162,6 +166,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Where text comes from, how it is tokenised, and how it is packed into rows."""
+
     path: str | None = None
     """Folder of .jsonl or .parquet files (column `text`), or with --data.glob of any text. None: Python's own library, on every machine."""
     glob: str | None = None
@@ -186,6 +192,8 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """Length, batch, numerics and cadence of a run, and the devices it is spread over."""
+
     steps: int | None = None
     """Optimizer steps. Derived: tokens_per_param times the parameters of blocks and head."""
     tokens_per_param: float = 12.0

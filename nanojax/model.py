@@ -111,6 +111,8 @@ class ReLU2(nnx.Module):
 
 
 class Block(nnx.Module):
+    """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
+
     def __init__(self, c: ModelConfig, *, attention: AttentionFn, dot: Dot, key: Array):
         k_attention, k_ffn = jax.random.split(key)
         self.norm_1 = RMSNorm(c.width, learnable=c.norm == "learnable")
@@ -194,6 +196,7 @@ class GPT(nnx.Module):
 
 
 def identity(x: Array) -> Array:
+    """What stands in for a norm that is switched off."""
     return x
 
 
@@ -227,4 +230,5 @@ def merge(graph: nnx.GraphDef, params: dict[str, Array]) -> GPT:
 
 
 def name_of(path: Sequence[Any]) -> str:
+    """The path of a parameter in the module tree, as one name."""
     return ".".join(map(str, path))

@@ -70,6 +70,8 @@ def schedule(c: OptimConfig, steps: int) -> optax.Schedule:
 
 
 class MuonState(NamedTuple):
+    """Updates so far, and the momentum of each matrix."""
+
     step: Array
     momentum: Any
 

@@ -77,6 +77,7 @@ def header(config: Config, facts: dict[str, str], peak: float | None) -> str:
 
 
 def gib(n: float) -> str:
+    """Bytes as text, in GiB."""
     return f"{n / 2**30:.2f} GiB"
 
 

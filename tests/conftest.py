@@ -24,6 +24,9 @@ if importlib.util.find_spec("hypothesis"):
     hypothesis.settings.register_profile("nanojax", deadline=None)  # the first example compiles
     hypothesis.settings.load_profile("nanojax")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+    # LLVM's, not XLA's: programs here run once, and compile in a third of the time. Subprocesses keep them.
+    jax.config.update("jax_disable_most_optimizations", True)
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -60,6 +60,8 @@ USAGE = {
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerTrain:
+    """What `nanojax tokenizer train` takes."""
+
     vocab_size: int = 32768
     """Tokens, the nine special ones included."""
     out: str = "tokenizer.json"
@@ -69,6 +71,8 @@ class TokenizerTrain:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
+    """What `nanojax data prepare` takes."""
+
     vocab_size: int = 32768
     """Tokens of the vocabulary that is trained when --tokenizer names none."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -76,6 +80,8 @@ class Prepare:
 
 @dataclass(frozen=True, kw_only=True)
 class Download:
+    """What `nanojax data download` takes."""
+
     n: int = 8
     """Training shards, of about 250 million characters each; the validation shard comes on top."""
     out: str | None = None

@@ -236,4 +236,5 @@ def _load(path: Path) -> Plan:
 
 
 def round_up_even(n: int) -> int:
+    """The smallest even number that is at least n."""
     return n + n % 2

@@ -14,6 +14,8 @@ from nanojax.config import Attention, require_positive
 
 @dataclass(frozen=True, kw_only=True)
 class EvalCommand:
+    """What `nanojax eval` takes."""
+
     run: Annotated[str, POSITIONAL]
     """Folder of a training run."""
     eval_tokens: int | None = None

@@ -16,6 +16,8 @@ from nanojax.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SampleCommand:
+    """What `nanojax sample` takes."""
+
     run: Annotated[str, POSITIONAL]
     """Folder of a training run."""
     prompt: str = ""

@@ -40,6 +40,8 @@ def total_nats(x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | No
 
 
 def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
+    """The value, and what the backward pass needs."""
+
     def block(carry, part):
         total, dw_DV = carry
         x, targets = part
@@ -59,6 +61,7 @@ def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
 
 
 def total_nats_backward(softcap, blocks, residuals, cotangent):
+    """Gradients of states and head, from the residuals of the forward pass."""
     del softcap, blocks
     dx_BTD, dw_DV = residuals
     return (cotangent * dx_BTD).astype(dx_BTD.dtype), (cotangent * dw_DV).astype(dw_DV.dtype), None

@@ -27,7 +27,7 @@ def test_it_equals_the_formula_in_float64_on_every_rank():
     for shape in ((8,), (3, 8), (2, 3, 5, 8)):
         x, gain = random(*shape), random(8, seed=1)
         want = gain * x / np.sqrt(np.mean(np.square(x, dtype=np.float64), -1, keepdims=True) + 1e-6)
-        np.testing.assert_allclose(rms_norm(x, gain), want, rtol=2e-6)  # a handful of float32 roundings
+        np.testing.assert_allclose(rms_norm(jnp.asarray(x), jnp.asarray(gain)), want, rtol=2e-6)  # a handful of float32 roundings
 
 
 def test_bfloat16_goes_in_and_out_and_float32_lies_between():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -32,18 +33,26 @@ def naive(x, w, targets, softcap=None):
     return jnp.where(targets == IGNORED, 0, -picked)
 
 
+@functools.partial(jax.jit, static_argnames=("softcap", "blocks"))
 def value_and_gradients(x, w, targets, softcap, blocks):
-    return jax.jit(jax.value_and_grad(lambda x, w: 0.37 * total_nats(x, w, targets, softcap, blocks), argnums=(0, 1)))(x, w)
+    return jax.value_and_grad(lambda x, w: 0.37 * total_nats(x, w, targets, softcap, blocks), argnums=(0, 1))(x, w)
+
+
+@functools.partial(jax.jit, static_argnames=("softcap",))
+def naive_value_and_gradients(x, w, targets, softcap=None):
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    return jax.value_and_grad(lambda x, w: 0.37 * naive(x, w, targets, softcap).sum(), argnums=(0, 1))(x, w)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_nats_of_tokens_and_their_sum_equal_log_softmax(softcap, blocks):
     x, w, targets = inputs()
-    want = naive(x, w, targets, softcap)
+    want = jax.jit(naive, static_argnums=3)(x, w, targets, softcap)
     # float32 logits of magnitude 8 and a sum over 40 of their exponentials
-    np.testing.assert_allclose(token_nats(x, w, targets, softcap=softcap, blocks=blocks), want, atol=5e-6)
-    np.testing.assert_allclose(total_nats(x, w, targets, softcap, blocks), want.sum(), rtol=1e-6)
+    nats = jax.jit(token_nats, static_argnames=("softcap", "blocks"))(x, w, targets, softcap=softcap, blocks=blocks)
+    np.testing.assert_allclose(nats, want, atol=5e-6)
+    np.testing.assert_allclose(value_and_gradients(x, w, targets, softcap, blocks)[0], 0.37 * want.sum(), rtol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
@@ -51,7 +60,7 @@ def test_nats_of_tokens_and_their_sum_equal_log_softmax(softcap, blocks):
 def test_gradients_of_a_scaled_sum_equal_those_through_log_softmax(softcap, blocks):
     x, w, targets = inputs()
     value, got = value_and_gradients(x, w, targets, softcap, blocks)
-    want_value, want = jax.value_and_grad(lambda x, w: 0.37 * naive(x, w, targets, softcap).sum(), argnums=(0, 1))(x, w)
+    want_value, want = naive_value_and_gradients(x, w, targets, softcap)
     np.testing.assert_allclose(value, want_value, rtol=1e-6)
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=3e-6)  # float32 sums of 40 (x) and 16 (w) terms below 2
@@ -59,25 +68,26 @@ def test_gradients_of_a_scaled_sum_equal_those_through_log_softmax(softcap, bloc
 
 def test_nats_of_tokens_differentiate_like_their_sum():
     x, w, targets = inputs()
-    one = jax.grad(lambda x, w: token_nats(x, w, targets, softcap=3.0, blocks=2).sum(), argnums=(0, 1))(x, w)
-    other = jax.grad(lambda x, w: total_nats(x, w, targets, 3.0, 2), argnums=(0, 1))(x, w)
+    one = jax.jit(jax.grad(lambda x, w: 0.37 * token_nats(x, w, targets, softcap=3.0, blocks=2).sum(), argnums=(0, 1)))(x, w)
+    _, other = value_and_gradients(x, w, targets, 3.0, 2)
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, atol=5e-6)  # as above
 
 
 def test_zero_logits_cost_log_v_each_by_hand():
     _, w, targets = inputs(ignored=False)
-    assert float(total_nats(jnp.zeros((B, T, D)), w, targets, None, 2)) == pytest.approx(16 * math.log(40), rel=1e-6)
+    value, _ = value_and_gradients(jnp.zeros((B, T, D)), w, targets, None, 2)
+    assert float(value) == pytest.approx(0.37 * 16 * math.log(40), rel=1e-6)
 
 
 def test_an_ignored_target_counts_nothing_and_pulls_at_nothing():
     x, w, targets = inputs()
-    _, (dx, _) = value_and_gradients(x, w, targets, None, 2)
+    value, (dx, _) = value_and_gradients(x, w, targets, None, 2)
     hidden = np.asarray(targets) == IGNORED
     assert (np.asarray(dx)[hidden] == 0).all()
     assert (np.abs(np.asarray(dx)[~hidden]).max(-1) > 0).all()
-    elsewhere = jnp.where((targets == IGNORED)[..., None], 100.0, x)
-    assert float(total_nats(x, w, targets, None, 2)) == float(total_nats(elsewhere, w, targets, None, 2))
+    moved = jnp.where((targets == IGNORED)[..., None], 100.0, x)
+    assert float(value_and_gradients(moved, w, targets, None, 2)[0]) == float(value)
 
 
 def test_when_all_targets_are_ignored_loss_and_gradients_are_exactly_zero():
@@ -91,9 +101,7 @@ def test_when_all_targets_are_ignored_loss_and_gradients_are_exactly_zero():
 def test_bfloat16_stays_near_float32_and_keeps_the_types():
     x, w, targets = inputs(jnp.bfloat16)
     value, (dx, dw) = value_and_gradients(x, w, targets, None, 2)
-    want, (want_x, want_w) = jax.value_and_grad(lambda x, w: 0.37 * naive(x, w, targets).sum(), argnums=(0, 1))(
-        x.astype(jnp.float32), w.astype(jnp.float32)
-    )
+    want, (want_x, want_w) = naive_value_and_gradients(x, w, targets)
     assert (value.dtype, dx.dtype, dw.dtype) == (jnp.float32, jnp.bfloat16, jnp.bfloat16)
     np.testing.assert_allclose(value, want, rtol=3e-3)  # logits of magnitude 8 rounded to 8 bits, each off by up to 2**-6, 12 averaged
     for a, b in ((dx, want_x), (dw, want_w)):
@@ -135,9 +143,7 @@ def test_on_a_gpu_blocks_equal_log_softmax_forward_and_backward(dtype, softcap):
     targets = jnp.asarray(rng.integers(-1, 1024, (2, 256)), jnp.int32)
     with jax.default_matmul_precision("float32"):  # tf32 would round fp32 inputs to 11 bits
         value, got = value_and_gradients(x, w, targets, softcap, 4)
-        want, wanted = jax.value_and_grad(lambda x, w: 0.37 * naive(x, w, targets, softcap).sum(), argnums=(0, 1))(
-            x.astype(jnp.float32), w.astype(jnp.float32)
-        )
+        want, wanted = naive_value_and_gradients(x, w, targets, softcap)
     exact = dtype == jnp.float32
     np.testing.assert_allclose(value, want, rtol=1e-5 if exact else 1e-3)  # bf16 logits of magnitude 4, averaged over 500
     for a, b in zip(got, wanted, strict=True):
