@@ -33,6 +33,7 @@ PEAK_TFLOPS = (
     ("3090", 71.0),
 )
 EXPECTED_MFU = 0.45  # for the header's guess only; an H200 reaches a little more (README)
+SMOOTHING = 0.9  # of the drawn training curve: a running mean of some ten steps
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -215,19 +216,22 @@ def draw_loss(metrics: Path, target: Path) -> str:
     from matplotlib import pyplot
 
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r and math.isfinite(r["loss"])]
-    validation = [(r["step"], r["val_bpb"]) for r in records if "val_bpb" in r]
-    figure, left = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    left.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1)
-    left.set_xlabel("step")
-    left.set_ylabel("training loss (nats a token)", color="tab:blue")
-    left.grid(alpha=0.3)
-    right = left.twinx()
-    right.plot(*zip(*validation, strict=True), color="tab:red", marker="o", markersize=4)
-    right.set_ylabel("validation (bits a byte)", color="tab:red")
-    right.set_ylim(bottom=0)
-    for axis in (left, right):
-        axis.spines["top"].set_visible(False)
+    train = [(r["step"], r["bpb"]) for r in records if "bpb" in r and math.isfinite(r["bpb"])]
+    validation = [(r["step"], r["val_bpb"]) for r in records if "val_bpb" in r and math.isfinite(r["val_bpb"])]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    if train:
+        steps, losses = zip(*train, strict=True)
+        mean = [losses[0]]
+        for loss in losses[1:]:
+            mean.append(SMOOTHING * mean[-1] + (1 - SMOOTHING) * loss)
+        axes.plot(steps, losses, color="tab:blue", linewidth=0.8, alpha=0.35, label="training")
+        axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label="training, smoothed")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="tab:red", marker="o", markersize=5, label="validation")
+    axes.set(xlabel="step", ylabel="bits per byte")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(target, dpi=120)
     pyplot.close(figure)
     return str(target)

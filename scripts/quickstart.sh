@@ -17,7 +17,7 @@ cat <<END
 The loss curve is in $run/loss.png, every number in $run/metrics.jsonl and $run/summary.json.
 Next:
   .venv/bin/nanojax sample $run --prompt 'class ' --temperature 0.5
-  .venv/bin/nanojax train configs/small.py                               # larger, some 15 minutes
+  .venv/bin/nanojax train configs/small.py                               # larger, longer
   .venv/bin/nanojax train configs/tiny.py --out runs/mine --data.path DIR --data.glob '**/*.md'
   .venv/bin/pip install -e '.[cuda]' && .venv/bin/nanojax train configs/d12.py   # on an NVIDIA GPU
 END
