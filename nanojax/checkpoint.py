@@ -23,15 +23,17 @@ logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-    """The checkpoints of one run, numbered by step; the newest `keep` stay."""
+    """The checkpoints of one run, numbered by step. The run itself says how many newest to `keep`, and clears what an
+    interrupted save left; without it, this only reads, and leaves a save that may be under way alone.
+    """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int | None = None):
         self.folder = folder
         with storage(folder):
             self._orbax = ocp.training.Checkpointer(
                 str(folder.absolute()),
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]  # orbax's own two protocols disagree
-                cleanup_tmp_directories=True,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep or 0),  # pyright: ignore[reportArgumentType]  # orbax's own two protocols disagree
+                cleanup_tmp_directories=keep is not None,
             )
         self._pending: Any = None
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -63,6 +63,7 @@ class ModelConfig:
     """Keys that a token sees, itself included. None: all before it."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in ("depth", "seq_len", "vocab_size", "head_dim"):
             require_positive(name, getattr(self, name))
         for name in ("d_model", "n_kv_head", "d_ffn", "softcap", "window"):
@@ -184,6 +185,7 @@ class DataConfig:
     """Share of the documents held out for validation; at least one."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; try 0.02")
         if self.glob is not None and self.path is None:
@@ -226,6 +228,7 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        require_choices(self)
         for name in ("tokens_per_param", "loss_blocks", "eval_tokens", "keep"):
             require_positive(name, getattr(self, name))
         for name in ("steps", "batch_tokens", "micro_batch"):
@@ -297,6 +300,14 @@ class Config:
         for section, values in self.to_dict().items():
             lines += [f"{section}.{name} = {value!r}" for name, value in values.items()]
         return "\n".join(lines) + "\n"
+
+
+def require_choices(config: Any) -> None:
+    """Raise UserError where a field holds none of the values that its Literal lists: presets and saved configs get no parser's check."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, choices = getattr(config, name), get_args(hint)
+        if get_origin(hint) is Literal and value not in choices:
+            raise UserError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
 
 
 def require_positive(name: str, value: float, *, zero: bool = False) -> None:

@@ -71,8 +71,11 @@ class Meter:
         """The meter of a run that is at step `done`, writing into its folder; only the first process writes."""
         config = program.config
         sinks: list[Sink] = []
+        loss = math.nan
         if jax.process_index() == 0:
-            sinks.append(JsonLines(folder.metrics, done))
+            lines = JsonLines(folder.metrics, done)
+            loss = lines.last_loss
+            sinks.append(lines)
             if tensorboard:
                 sinks.append(TensorBoard(folder.path / "tensorboard"))
         return cls(
@@ -83,6 +86,7 @@ class Meter:
             peak_flops=peak,
             bytes_per_token=bytes_per_token,
             steps=config.steps,
+            loss=loss,
         )
 
     def close(self) -> None:
@@ -220,7 +224,7 @@ class Loop:
         # Virtual CPU devices deadlock in their rendezvous when steps queue up.
         wait_each = self.program.platform == "cpu" and self.program.mesh.size > 1
         for number in range(done + 1, steps + 1):
-            if interrupts.name or number - 1 == self.stop_after:
+            if interrupts.name or done < number - 1 == self.stop_after:  # not where a resumed run begins
                 self.leave(state, number - 1, interrupts.name)
             self.profile.before(number)
             state, metrics = self.program.train_step(state, next(self.loader))

@@ -85,13 +85,14 @@ def train_step(
     count = jnp.maximum(1, jnp.sum(batch.targets != IGNORED)).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         updates, moments = tx.update(grads, state.moments, state.params)
         params = optax.apply_updates(state.params, updates)
     ok = jnp.isfinite(norm) & jnp.isfinite(nats)
     params, moments = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, moments), (state.params, state.moments))
+    rate = lr(state.step - state.skipped)  # a skipped step does not move the schedule
     state = TrainState(step=state.step + 1, skipped=state.skipped + ~ok, key=state.key, params=params, moments=moments)
-    metrics = {"loss": nats / count, "grad_norm": norm, "lr": lr(state.step - 1), "skipped": state.skipped.astype(jnp.float32)}
+    metrics = {"loss": nats / count, "grad_norm": norm, "lr": rate, "skipped": state.skipped.astype(jnp.float32)}
     return state, metrics
 
 

@@ -98,13 +98,16 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """One JSON object a line, appended; lines of steps at or after `first_step` from an earlier life of the run are dropped."""
+    """One JSON object a line, appended; lines of steps after `done`, of an earlier life of the run, are dropped."""
 
-    def __init__(self, path: Path, first_step: int):
+    def __init__(self, path: Path, done: int):
         self.path = path
         try:
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= first_step] if path.exists() else []
-            path.write_text("".join(line + "\n" for line in kept))
+            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            kept = [record for record in records if record["step"] <= done]
+            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            self.last_loss = next((record["loss"] for record in reversed(kept) if "loss" in record), math.nan)
+            """Training loss of step `done`, NaN at the start."""
             self._file = path.open("a")
         except (OSError, ValueError, KeyError) as error:
             raise StorageError(f"cannot continue {path} ({error}); move it away") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -75,6 +75,8 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         from nanojax.runs import RunFolder
 
         saved, _ = RunFolder(Path(command.out)).read()
+        # Its vocabulary is the padded one, for which the corpus would give another tokenizer.
+        saved = replace(saved, data=replace(saved.data, tokenizer=str(Path(command.out) / "tokenizer.json")))
         command = parse(TrainCommand, rest, default=TrainCommand(config=saved), **words)
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")

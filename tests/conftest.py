@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-CHECKED = importlib.util.find_spec("beartype") is not None and importlib.util.find_spec("jaxtyping") is not None
-if CHECKED:  # a development dependency, absent on GPU hosts; here, before anything imports the ops, and not in addopts, which would demand it
+CHECKED = importlib.util.find_spec("beartype") is not None
+if CHECKED:  # here, before anything imports the ops; jaxtyping's flag in addopts would demand beartype, which GPU hosts may lack
     from jaxtyping import install_import_hook
 
     install_import_hook("nanojax.ops", "beartype.beartype")
@@ -25,8 +25,13 @@ if importlib.util.find_spec("hypothesis"):
     hypothesis.settings.load_profile("nanojax")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    # LLVM's, not XLA's: programs here run once, and compile in a third of the time. Subprocesses keep them.
+    # Programs here run once. Without LLVM's optimisations and XLA's CPU fusion emitters they compile in a fifth of the time.
+    # XLA reads its flags once, so they are taken back at once: what tests start in a subprocess compiles as it does for a user.
     jax.config.update("jax_disable_most_optimizations", True)
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    jax.devices()
+    os.environ["XLA_FLAGS"] = flags
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -41,6 +41,11 @@ def batch_of(a: int, b: int, seed: int = 0) -> Batch:
     return Batch(*(jnp.asarray(x.reshape(a, b, T), jnp.int32) for x in (tokens[:, :-1], targets, np.ones_like(targets))))
 
 
+def poisoned(batch: Batch) -> Batch:
+    """A batch whose loss, in `Trainer`, is what it would be, and whose gradient is infinite."""
+    return batch._replace(segments=jnp.full_like(batch.segments, 9))
+
+
 def masked(batch: Batch, micro: int | slice) -> Batch:
     return batch._replace(targets=batch.targets.at[micro].set(IGNORED))
 
@@ -49,11 +54,9 @@ class Trainer(NamedTuple):
     start: TrainState
     graph: object
     step: Callable
-    """Adam, Muon, clipping, schedule."""
+    """Adam, Muon, clipping, schedule. One shape of batch, [1, 4, T], for it is slow to compile."""
     descend: Callable
     """The update is the negative gradient itself."""
-    poisoned: Callable
-    """Like `step`, with a finite loss whose gradient is NaN."""
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +69,10 @@ def trainer(tiny_model, mesh) -> Trainer:
     def make(tx, loss):
         return jax.jit(functools.partial(train_step, tx=tx, lr=schedule(OPTIM, 10), prepare=FP32, loss=loss, shardings=shardings))
 
-    def bad(weights, micro):
-        return loss(weights, micro) + jnp.sqrt(0 * weights["norm.gain"][0])  # 0, and infinity times 0 for its slope
+    def poisonable(weights, micro):
+        gain = weights["norm.gain"][0]
+        huge = jnp.where(micro.segments[0, 0] == 9, 1e30, 0.0)
+        return loss(weights, micro) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
 
     zero = jnp.zeros((), jnp.int32)
     start = TrainState(step=zero, skipped=zero, key=jax.random.key_data(jax.random.key(0)), params=params, moments=tx.init(params))
@@ -77,11 +82,12 @@ def trainer(tiny_model, mesh) -> Trainer:
         state, metrics = sgd(TrainState(zero, zero, start.key, params, optax.sgd(1.0).init(params)), batch)
         return jax.tree.map(jnp.subtract, state.params, params), metrics
 
-    return Trainer(start, graph, make(tx, loss), descend, make(tx, bad))
+    return Trainer(start, graph, make(tx, poisonable), descend)
 
 
 def same_bits(one, other) -> bool:
-    return all(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True) for a, b in zip(*map(jax.tree.leaves, (one, other)), strict=True))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.asarray(a).tobytes() == np.asarray(b).tobytes() for a, b in pairs)
 
 
 def assert_same_gradients(one: dict, other: dict) -> None:
@@ -113,24 +119,16 @@ def test_bfloat16_precision_under_float32_activations_really_rounds_in_a_compile
 def test_the_gradient_passes_the_rounding_unchanged(tiny_model):
     _, params = tiny_model(depth=1)
     prepare = functools.partial(prepare_weights, precision=jnp.bfloat16, dtype=jnp.float32)
-    grads = jax.grad(lambda p: sum(jnp.sum(3 * w) for w in prepare(p).values()))(params)
+    grads = jax.jit(jax.grad(lambda p: sum(jnp.sum(3 * w) for w in prepare(p).values())))(params)
     assert all((g == 3).all() for g in grads.values())
 
 
-def test_one_microbatch_and_four_give_the_same_loss_and_gradient(trainer):
+def test_one_microbatch_and_four_give_the_same_loss_and_update(trainer):
     one, metrics_1 = trainer.descend(batch_of(1, 4))
     four, metrics_4 = trainer.descend(batch_of(4, 1))
     assert_same_gradients(one, four)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(metrics_1[name], metrics_4[name], rtol=1e-5)  # as above
-
-
-def test_one_microbatch_and_four_give_the_same_update(trainer):
-    one, _ = trainer.step(trainer.start, batch_of(1, 4))
-    four, _ = trainer.step(trainer.start, batch_of(4, 1))
-    for name, group in label(one.params).items():
-        if group == "matrix":  # AdamW's first step is the sign of a gradient, which flips where rounding leaves next to nothing
-            np.testing.assert_allclose(one.params[name], four.params[name], atol=1e-5, err_msg=name)  # 0.005 of updates below 1, float32
 
 
 def test_a_microbatch_without_targets_changes_nothing_and_the_loss_is_the_mean_over_the_valid_targets_of_the_others(trainer):
@@ -161,10 +159,10 @@ def test_when_every_target_is_masked_only_decay_moves_the_parameters(trainer):
     assert same_bits(state.params["blocks.0.attention.q.w"], trainer.start.params["blocks.0.attention.q.w"])
 
 
-def test_a_step_with_a_nan_gradient_leaves_parameters_and_moments_bit_for_bit_and_counts(trainer):
+def test_a_step_with_an_infinite_gradient_leaves_parameters_and_moments_bit_for_bit_and_counts(trainer):
     before, metrics = trainer.step(trainer.start, batch_of(1, 4))
     assert float(metrics["skipped"]) == 0
-    after, metrics = trainer.poisoned(before, batch_of(1, 4, seed=1))
+    after, metrics = trainer.step(before, poisoned(batch_of(1, 4, seed=1)))
     assert math.isfinite(float(metrics["loss"]))
     assert not math.isfinite(float(metrics["grad_norm"]))
     assert same_bits((after.params, after.moments), (before.params, before.moments))
@@ -192,12 +190,12 @@ def test_steps_are_counted_and_the_learning_rate_reported_is_that_of_the_step(tr
         state, metrics = trainer.step(state, batch_of(1, 4, seed=step))
         assert int(state.step) == step + 1
         np.testing.assert_allclose(metrics["lr"], (step + 1) / 4, rtol=1e-6)  # four steps of warm-up
-        assert {name: (x.shape, x.dtype) for name, x in metrics.items()} == dict.fromkeys(("loss", "grad_norm", "lr", "skipped"), ((), jnp.float32))
+        assert set(metrics) == {"loss", "grad_norm", "lr", "skipped"}
+        assert all((x.shape, x.dtype) == ((), jnp.float32) for x in metrics.values())
 
 
-@pytest.mark.xfail(strict=True, reason="the schedule does not count skipped steps, and the metric does")
 def test_the_learning_rate_reported_after_a_skipped_step_is_the_one_applied(trainer):
-    skipped, _ = trainer.poisoned(trainer.start, batch_of(1, 4))
+    skipped, _ = trainer.step(trainer.start, poisoned(batch_of(1, 4)))
     state, metrics = trainer.step(skipped, batch_of(1, 4))
     gain = "norm.gain"
     moved = float(jnp.abs(state.params[gain] - trainer.start.params[gain]).max())

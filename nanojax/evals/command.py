@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled_programs(config.data.cache)
     program = make_program(config)
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    checkpoints = Checkpoints(folder.checkpoints)
     with jax.set_mesh(program.mesh):
         result = validator(program, prepared)(checkpoints.restore_params(program.shapes.params, program.shardings.params))
     print(

@@ -72,7 +72,7 @@ def generate(folder, command: SampleCommand) -> Iterator[int]:
     train = dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl="auto")
     keep_compiled_programs(config.data.cache)
     program = make_program(dataclasses.replace(config, train=train), jax.devices()[:1])
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    checkpoints = Checkpoints(folder.checkpoints)
     params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
     checkpoints.close()
     window, n_vocab = config.model.seq_len, tokenizer.n_vocab

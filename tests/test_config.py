@@ -1,0 +1,183 @@
+"""Configs: derived sizes, refusals with remedies, the trip through JSON, and what every preset comes to."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from nanojax import config as module
+from nanojax.cli import load_preset
+from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nanochat, nearest_divisor, parse_mesh, round_up
+from nanojax.errors import UserError
+from nanojax.sizes import resolve
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted((ROOT / "configs").glob("*.py"))
+PARTS = (ModelConfig, TrainConfig, OptimConfig, DataConfig)
+CHANGED = Config(
+    model=ModelConfig(depth=3, softcap=15.0, window=7, n_kv_head=1, ffn="relu2"),
+    train=TrainConfig(steps=5, mesh="data=2,fsdp=2", remat=True, precision="bf16", compute_dtype="bf16"),
+    optim=OptimConfig(betas=(0.9, 0.99), momentum=(0.5, 0.6), clip=None, reference_batch=None),
+    data=DataConfig(path="texts", glob="**/*.py", mask_documents=True, packing="concat"),
+)
+
+
+@pytest.mark.parametrize("config", [Config(), CHANGED, resolve(CHANGED, 1000)], ids=["default", "changed", "resolved"])
+def test_a_config_survives_json(config):
+    back = Config.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert back == config
+    assert hash(back) == hash(config)  # so no tuple came back as a list
+
+
+def test_a_saved_config_may_lack_fields_that_came_later():
+    assert Config.from_dict({"model": {"depth": 3}}) == Config(model=ModelConfig(depth=3))
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"modle": {}}, "given also ['modle']"),
+        ({"model": {"dept": 3}}, "section model: .*'dept'"),
+        ({"model": {"depth": "three"}}, "section model"),
+        ({"train": {"steps": -1}}, "steps=-1 must be above 0"),
+    ],
+    ids=str,
+)
+def test_a_saved_config_that_does_not_fit_is_refused_in_one_line(saved, words):
+    with pytest.raises(UserError, match=words.replace("[", r"\[")) as caught:
+        Config.from_dict(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_all_of_config_stays_small_enough_to_read():
+    assert sum(len(dataclasses.fields(part)) for part in PARTS) <= 60
+
+
+def test_every_field_says_what_it_is():
+    tree = ast.parse(inspect.getsource(module))
+    for part in PARTS:
+        body = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == part.__name__).body
+        told = {
+            field.target.id
+            for field, after in itertools.pairwise(body)
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        }
+        assert told == {field.name for field in dataclasses.fields(part)}, part.__name__
+
+
+def test_configs_are_frozen_and_given_by_name():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().model.depth = 3  # pyright: ignore[reportAttributeAccessIssue]  # what is tested
+    with pytest.raises(TypeError):
+        ModelConfig(3)  # pyright: ignore[reportCallIssue]  # what is tested
+
+
+@pytest.mark.parametrize(
+    ("depth", "head_dim", "width", "heads", "hidden"),
+    [
+        (12, 128, 768, 6, 2048),
+        (20, 128, 1280, 10, 3584),
+        (24, 128, 1536, 12, 4096),
+        (32, 128, 2048, 16, 5632),
+        (3, 128, 256, 2, 768),
+        (4, 32, 256, 8, 768),
+    ],
+)
+def test_depth_sets_the_rest_by_hand(depth, head_dim, width, heads, hidden):
+    c = ModelConfig(depth=depth, head_dim=head_dim)
+    assert (c.width, c.n_head, c.kv_heads, c.hidden) == (width, heads, heads, hidden)
+    assert ModelConfig(depth=depth, head_dim=head_dim, ffn="relu2").hidden == 4 * width
+
+
+def test_a_window_beyond_the_row_spans_the_row():
+    assert [ModelConfig(seq_len=100, window=w).span for w in (None, 5, 100, 101)] == [100, 5, 100, 100]
+
+
+def test_the_nanochat_block_takes_changes():
+    c = nanochat(20, vocab_size=65_536, softcap=None)
+    assert (c.depth, c.vocab_size, c.softcap, c.norm, c.ffn, c.rope_base, c.kv_heads) == (20, 65_536, None, "fixed", "relu2", 10_000.0, 10)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ModelConfig(depth=0), "depth=0 must be above 0"),
+        (lambda: ModelConfig(head_dim=33), "head_dim=33 must be even (RoPE rotates its halves); try 34"),
+        (lambda: ModelConfig(d_model=1000), "d_model=1000 must be a multiple of head_dim=128; try --d-model 1024"),
+        (lambda: ModelConfig(n_kv_head=4), "n_head=6 must be a multiple of n_kv_head=4; try --n-kv-head 3"),
+        (lambda: ModelConfig(n_kv_head=12), "n_head=6 must be a multiple of n_kv_head=12; try --n-kv-head 6"),
+        (lambda: ModelConfig(window=0), "window=0 must be above 0"),
+        (lambda: ModelConfig(softcap=float("inf")), "softcap=inf must be above 0"),
+        (lambda: ModelConfig(rope_base=1.0), "rope_base=1.0 must be above 1; try 100000"),
+        (lambda: OptimConfig(matrix_lr=float("nan")), "optim.matrix_lr=nan must be above 0"),
+        (lambda: OptimConfig(weight_decay=-0.1), "optim.weight_decay=-0.1 must be at least 0"),
+        (lambda: OptimConfig(warmdown=1.5), "optim.warmdown=1.5 must lie between 0 and 1"),
+        (lambda: OptimConfig(betas=(0.9, 1.0)), "optim.betas=(0.9, 1.0) must lie in [0, 1); the default is (0.8, 0.95)"),
+        (lambda: DataConfig(val_fraction=1.0), "data.val_fraction=1.0 must lie between 0 and 1; try 0.02"),
+        (lambda: DataConfig(glob="*.py"), "data.glob='*.py' needs a folder to search; add --data.path DIR"),
+        (lambda: TrainConfig(compute_dtype="bf16", precision="fp32"), "precision=fp32 needs fp32 activations"),
+        (lambda: TrainConfig(mesh="data=2,model=2"), "given 'model=2'; try --mesh data=2,fsdp=2"),
+        (lambda: TrainConfig(mesh="data=0"), "given 'data=0'"),
+        (
+            lambda: Config(train=TrainConfig(batch_tokens=5000)),
+            "batch_tokens=5000 must be a multiple of seq_len=2048; try --batch-tokens 6144",
+        ),
+        (lambda: Config(train=TrainConfig(loss_blocks=7)), "seq_len=2048 must be a multiple of loss_blocks=7; try --loss-blocks 8"),
+    ],
+)
+def test_bad_values_are_refused_in_one_line_with_rule_value_and_remedy(make, words):
+    with pytest.raises(UserError) as caught:
+        make()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"model": {"ffn": "gelu"}},
+        {"model": {"norm": "layer"}},
+        {"train": {"attn_impl": "te"}},
+        {"train": {"compute_dtype": "fp16"}},
+        {"data": {"packing": "x"}},
+    ],
+    ids=str,
+)
+def test_a_choice_that_there_is_not_is_refused_wherever_it_is_made(saved):
+    with pytest.raises(UserError):
+        Config.from_dict(saved)
+
+
+def test_a_mesh_is_read_by_axis():
+    assert parse_mesh("") == {}
+    assert parse_mesh("data=2, tensor = 4") == {"data": 2, "tensor": 4}
+
+
+def test_round_up_and_nearest_divisor_by_hand():
+    assert [round_up(x, 256) for x in (1, 256, 256.1, 2048.0)] == [256, 256, 512, 2048]
+    assert [nearest_divisor(12, k) for k in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_comes_to_what_it_came_to_before(path, golden):
+    preset = load_preset(path)
+    golden(f"{path.stem}.txt", resolve(preset, preset.model.vocab_size).text())
+
+
+def test_every_preset_with_a_golden_file_still_exists():
+    texts = {path.stem: path.read_text() for path in (ROOT / "tests/golden").glob("*.txt")}
+    assert {name for name, text in texts.items() if text.startswith("model.")} == {path.stem for path in PRESETS}
+
+
+def test_the_text_names_every_field_once():
+    lines = Config().text().splitlines()
+    names = [line.split(" = ")[0] for line in lines]
+    assert len(set(names)) == len(names) == sum(len(dataclasses.fields(part)) for part in PARTS)
+    assert "model.depth = 12" in lines
+    assert "optim.betas = (0.8, 0.95)" in lines

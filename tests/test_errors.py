@@ -1,0 +1,99 @@
+"""Failures: one line and the exit code that the README's table gives, and --debug for the whole story."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanojax.errors import Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError, run_main
+
+ROOT = Path(__file__).parents[1]
+
+
+def raising(error: BaseException):
+    def main(argv) -> None:
+        raise error
+
+    return main
+
+
+def outcome(main, argv=()) -> int:
+    with pytest.raises(SystemExit) as stop:
+        run_main(main, argv)
+    assert isinstance(stop.value.code, int)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "label"),
+    [
+        (UserError("bad flag"), 2, "error"),
+        (NonFiniteError("loss is nan"), 3, "error"),
+        (StorageError("disk is full"), 4, "error"),
+        (NanoJaxError("something else"), 1, "error"),
+        (Interrupted("stopped at step 3"), 75, "interrupted"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_every_failure_has_its_exit_code_and_one_line(error, code, label, capsys):
+    assert outcome(raising(error)) == code
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"nanojax: {label}: {error}\n")
+
+
+def test_success_exits_with_zero_and_says_nothing(capsys):
+    seen = []
+    assert outcome(seen.append, ["--depth", "3"]) == 0
+    assert seen == [["--depth", "3"]]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_ctrl_c_exits_with_130_and_one_line(capsys):
+    assert outcome(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "nanojax: interrupted: nothing was saved\n"
+
+
+@pytest.mark.parametrize("error", [UserError("x"), KeyboardInterrupt()])
+def test_debug_lets_the_error_through(error):
+    with pytest.raises(type(error)):
+        run_main(raising(error), ["--debug"])
+
+
+def test_our_own_bugs_are_never_dressed_up():
+    with pytest.raises(ZeroDivisionError):
+        run_main(raising(ZeroDivisionError()), [])
+
+
+def test_user_errors_are_value_errors_and_storage_errors_os_errors():
+    assert issubclass(UserError, ValueError)
+    assert issubclass(StorageError, OSError)
+    assert not issubclass(UserError, OSError)
+
+
+def call(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "nanojax", *argv], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_wrong_flag_ends_the_real_command_with_two_and_one_line():
+    run = call("train", "--seqlen", "3")
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "nanojax: error: unknown option --seqlen; did you mean --seq-len?\n"
+
+
+def test_debug_brings_the_traceback_back():
+    run = call("train", "--head-dim", "33", "--debug")
+    assert run.returncode != 0
+    assert run.stderr.startswith("Traceback (most recent call last)")
+    assert "head_dim=33 must be even" in run.stderr.splitlines()[-1]
+
+
+def test_a_reader_that_has_enough_is_no_failure():
+    program = "from nanojax.errors import run_main\ndef main(argv):\n    for _ in range(10**6): print('text')\nrun_main(main, [])"
+    shell = f'{sys.executable} -c "$PROGRAM" | head -n 1; echo ${{PIPESTATUS[0]}}'
+    env = {"PROGRAM": program, "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
+    assert run.stdout.splitlines() == ["text", "0"]
+    assert run.stderr == ""

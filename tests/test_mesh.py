@@ -1,0 +1,297 @@
+"""Sharding: eight virtual CPU devices compute what one computes, and each holds its share.
+
+The eight devices live in a process of their own, which is this file run as a script: their number is fixed when jax starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nanojax.config import MESH_AXES, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanojax.errors import UserError
+from nanojax.mesh import BATCH_AXES, RULES, batch_sharding, check_divisible, make_mesh, moment_shardings, parameter_shardings, place
+
+STEPS = 20
+SIZES = dict(depth=2, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512)
+
+
+# In the process with eight devices ----------------------------------------------------------------------------------------------------
+
+
+def tiny(mesh: str) -> Config:
+    """Two microbatches a step, everything in fp32 (which CPUs take by themselves), Newton-Schulz too."""
+    return Config(
+        model=ModelConfig(**SIZES),
+        train=TrainConfig(
+            steps=STEPS, batch_tokens=1024, micro_batch=8 if mesh == "data=1" else 2, mesh=mesh, loss_blocks=2, compute_dtype="fp32"
+        ),
+        optim=OptimConfig(warmup_steps=5, reference_batch=None),
+        data=DataConfig(packing="concat"),
+    )
+
+
+def batches(sharding):
+    """STEPS batches [2, 8, 64] of a sequence that can be learnt: the next token is a fixed permutation of the last, now and then not."""
+    from nanojax.data.loader import Batch
+
+    rng = np.random.default_rng(0)
+    follows = rng.permutation(512)
+    for _ in range(STEPS):
+        tokens = np.empty((2, 8, 65), np.int32)
+        tokens[..., 0] = rng.integers(512, size=(2, 8))
+        for t in range(64):
+            tokens[..., t + 1] = np.where(rng.random((2, 8)) < 0.1, rng.integers(512, size=(2, 8)), follows[tokens[..., t]])
+        segments = np.ones((2, 8, 64), np.int32)
+        yield Batch(*(jax.device_put(x, sharding) for x in (tokens[..., :-1], tokens[..., 1:], segments)))
+
+
+def train(mesh: str, devices) -> dict:
+    """Losses and what can be read off the program."""
+    from nanojax.program import make_program
+
+    program = make_program(tiny(mesh), devices)
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(0))
+        losses, caches = [], []
+        for batch in batches(batch_sharding(program.mesh)):
+            state, metrics = program.train_step(state, batch)
+            losses.append(float(metrics["loss"]))  # waits: queued steps deadlock the rendezvous of virtual devices
+            caches.append(program.train_step._cache_size())
+        text = program.train_step.lower(state, batch).compile().as_text()
+    specs = {name: str(x.sharding.spec) for name, x in state.params.items()}
+    moments = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.moments):
+        moments[jax.tree_util.keystr(path)] = [getattr(path[-1], "key", None), str(leaf.sharding.spec), leaf.ndim]
+    share = {}
+    leaves = [*state.params.values(), *jax.tree.leaves(state.moments)]
+    for leaf in leaves:
+        for shard in leaf.addressable_shards:
+            share[str(shard.device)] = share.get(str(shard.device), 0) + shard.data.nbytes
+    return {
+        "losses": losses,
+        "cache_sizes": caches,
+        "specs": specs,
+        "moments": moments,
+        "share": [n / sum(leaf.nbytes for leaf in leaves) for n in share.values()],
+        "collectives": collectives(text, program.mesh) if program.mesh.size > 1 else {},
+        "held_back": {name: wrong for name, wrong in misplaced(state, program).items() if wrong},
+    }
+
+
+def misplaced(state, program) -> dict[str, list[str]]:
+    """Leaves that do not lie as the program's table of shardings says."""
+    pairs = zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(program.shardings), strict=True)
+    return {"state": [jax.tree_util.keystr(p) for (p, leaf), s in pairs if not leaf.sharding.is_equivalent_to(s, leaf.ndim)]}
+
+
+def collectives(hlo: str, mesh) -> dict[str, list[str]]:
+    """Kind of collective -> the mesh axes that its groups of devices span, each combination once."""
+    found: dict[str, set[str]] = {}
+    for line in hlo.splitlines():
+        match = re.search(r"= .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
+        if match is None:
+            continue
+        for group in groups_of(line):
+            at = np.array(np.unravel_index(group, mesh.devices.shape))  # XLA numbers devices in the order of the mesh
+            axes = [axis for n, axis in enumerate(MESH_AXES) if len(set(at[n])) > 1]
+            found.setdefault(match[1], set()).add("+".join(axes) or "none")
+    return {kind: sorted(axes) for kind, axes in found.items()}
+
+
+def groups_of(line: str) -> list[list[int]]:
+    """Device groups of an HLO collective, in each of XLA's notations.
+
+    {{0,1},{2,3}}; [4,2]<=[2,2,2]T(0,2,1), an iota; mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, a mesh and the axes spanned.
+    """
+    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
+        return [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d, ]+)\}", match[1])]
+    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
+        return iota(match[2]).reshape(numbers(match[1])).tolist()
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[.*?)\))? \{('[^:}]*')\}", line):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        spanned = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[3])]
+        ids = iota(match[2] if match[2] else f"[{int(np.prod(list(sizes.values())))}]").reshape(list(sizes.values()))
+        last = np.moveaxis(ids, spanned, range(-len(spanned), 0))
+        return last.reshape(-1, int(np.prod([ids.shape[n] for n in spanned]))).tolist()
+    raise AssertionError(f"a notation of device groups that this test does not know: {line.strip()[:300]}")
+
+
+def iota(text: str) -> np.ndarray:
+    """'[4,2]T(1,0)' -> 0 .. 7 as [4, 2], transposed."""
+    dims, _, order = text.partition("T(")
+    ids = np.arange(np.prod(numbers(dims.strip("[]")))).reshape(numbers(dims.strip("[]")))
+    return ids.transpose(numbers(order.strip(")"))) if order else ids
+
+
+def numbers(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
+
+
+def measure(cache: str) -> dict:
+    """Everything that the tests below look at, as JSON."""
+    from nanojax.program import keep_compiled_programs
+
+    jax.config.update("jax_num_cpu_devices", 8)
+    keep_compiled_programs(cache)  # `lower` compiles what the steps compiled: this makes it free
+    return {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
+
+
+# In pytest -----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(cache_dir):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # LLVM's: compiles in half the time
+    done = subprocess.run([sys.executable, __file__, str(cache_dir)], env=env, capture_output=True, text=True, timeout=270, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+def test_eight_devices_lose_what_one_loses(runs):
+    one, eight = runs["one"]["losses"], runs["eight"]["losses"]
+    assert len(one) == len(eight) == STEPS
+    assert one[-1] < 0.8 * one[0], "nothing was learnt, so nothing was compared"
+    np.testing.assert_allclose(eight, one, rtol=1e-5)  # fp32 sums in another order, carried through 20 updates
+
+
+def test_every_moment_lies_as_its_parameter_does(runs):
+    specs, moments = runs["eight"]["specs"], runs["eight"]["moments"]
+    mine = {where: (name, spec) for where, (name, spec, ndim) in moments.items() if ndim}
+    assert len(mine) >= len(specs)
+    for where, (name, spec) in mine.items():
+        assert spec == specs[name], where
+    kinds = {where: name for where, (name, _) in mine.items()}
+    assert {name for where, name in kinds.items() if ".momentum" in where} == {name for name in specs if re.search(r"blocks.*\.w", name)}
+    adam = [name for where, name in kinds.items() if ".mu" in where or ".nu" in where]
+    assert sorted(adam) == sorted(2 * [name for name in specs if not re.search(r"blocks.*\.w", name)])
+    assert runs["eight"]["held_back"] == {}
+
+
+def test_matrices_are_cut_over_both_fsdp_and_tensor(runs):
+    whole = {name for name, spec in runs["eight"]["specs"].items() if "fsdp" not in spec or "tensor" not in spec}
+    assert whole == {name for name in whole if "norm" in name}, "only the gains of the norms may be whole on every device"
+
+
+def test_no_device_holds_more_than_its_share(runs):
+    shares = runs["eight"]["share"]
+    print(f"share of parameter and moment bytes of a device: {min(shares):.2%} to {max(shares):.2%} of 2 x 2 shards")
+    assert len(shares) == 8
+    assert max(shares) <= 0.30  # a quarter, and the gains, which are whole everywhere
+    assert sum(shares) >= 1.99  # two replicas along data: nothing is missing
+
+
+def test_the_step_talks_over_fsdp_and_tensor(runs):
+    found = runs["eight"]["collectives"]
+    print(found)
+    gathers, sums = found.get("all-gather", []), [*found.get("all-reduce", []), *found.get("reduce-scatter", [])]
+    assert any("fsdp" in axes for axes in gathers), f"no weight is gathered over fsdp: {found}"
+    assert any("tensor" in axes for axes in sums), f"no partial product is summed over tensor: {found}"
+    assert any("data" in axes for axes in sums), f"no gradient is summed over data: {found}"
+
+
+def test_the_step_compiles_once(runs):
+    for run in ("one", "eight"):
+        assert runs[run]["cache_sizes"] == [1] * STEPS
+
+
+def test_xla_never_gives_up_on_a_sharding(runs):
+    assert "Involuntary full rematerialization" not in runs["stderr"]
+    assert "involuntary" not in runs["stderr"].lower()
+
+
+def test_a_mesh_that_leaves_devices_over_is_refused():
+    with pytest.raises(UserError, match=r"data=2,fsdp=2 makes 4, there are 1; try --mesh data=1"):
+        make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:1])
+
+
+def test_context_parallelism_is_refused_by_name():
+    with pytest.raises(UserError, match=r"context must be 1 for now, given 2"):
+        make_mesh({"context": 2}, jax.devices()[:1])
+
+
+def test_a_mesh_without_sizes_puts_all_devices_on_data():
+    mesh = make_mesh({}, jax.devices()[:1])
+    assert mesh.axis_names == MESH_AXES
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "context": 1, "tensor": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (dict(fsdp=3), r"d_model=64 must be a multiple of the mesh axis fsdp=3; try --mesh fsdp=2"),
+        (dict(tensor=8), r"n_head=4 must be a multiple of the mesh axis tensor=8; try --mesh tensor=4"),
+        (dict(tensor=4), r"n_kv_head=2 must be a multiple of the mesh axis tensor=4; try --mesh tensor=2"),
+        (dict(tensor=3), r"n_head=4 must be a multiple of the mesh axis tensor=3; try --mesh tensor=2"),
+    ],
+)
+def test_a_parameter_that_cannot_be_cut_evenly_is_refused_with_a_remedy(mesh, words):
+    axes = tuple(mesh.get(axis, 1) for axis in MESH_AXES)
+    with pytest.raises(UserError, match=words):
+        check_divisible(ModelConfig(**SIZES), jax.sharding.AbstractMesh(axes, MESH_AXES))
+
+
+def test_feed_forward_and_vocabulary_must_divide_too():
+    mesh = jax.sharding.AbstractMesh((1, 1, 1, 2), MESH_AXES)
+    check_divisible(ModelConfig(**SIZES), mesh)
+    for name in ("d_ffn", "vocab_size"):
+        with pytest.raises(UserError, match=rf"{name}=129 must be a multiple"):
+            check_divisible(ModelConfig(**(SIZES | {name: 129})), mesh)
+
+
+def test_the_table_covers_every_axis_that_the_model_names_and_no_more():
+    """A name spelt wrong would be a KeyError at start; one that nothing bears is a leftover."""
+    source = (Path(__file__).parents[1] / "nanojax/model.py").read_text()
+    named = set(re.findall(r"\"(embed|vocab|heads|kv_heads|ffn|gain|batch)\"", source))
+    for tuple_text in re.findall(r"(?:out_sharding=|Linear\(\(.*?\), )\(([^)]*)\)", source):
+        named |= set(re.findall(r"\"(\w+)\"", tuple_text))
+    table = dict(RULES)
+    assert named == set(table)
+    assert {axis for axes in table.values() if axes for axis in ([axes] if isinstance(axes, str) else axes)} <= set(MESH_AXES)
+    assert table["batch"] == BATCH_AXES
+
+
+def test_the_moments_of_a_parameter_are_found_by_its_name():
+    mesh = jax.sharding.AbstractMesh((1, 2, 1, 2), MESH_AXES)
+    by_name = parameter_shardings({"w": ("embed", "ffn"), "gain": ("gain",)}, mesh)
+    assert by_name["w"].spec == P("fsdp", "tensor")
+    shape = jax.ShapeDtypeStruct((4, 4), np.float32)
+    moments = {"count": jax.ShapeDtypeStruct((), np.int32), "mu": {"w": shape, "gain": jax.ShapeDtypeStruct((4,), np.float32)}}
+    found = moment_shardings(moments, by_name, mesh)
+    assert found["mu"]["w"].spec == P("fsdp", "tensor")
+    assert found["mu"]["gain"].spec == P(None)
+    assert found["count"].spec == P()
+
+
+def test_placing_without_a_mesh_changes_nothing():
+    x = jax.numpy.ones((2, 2))
+    assert place(x, "batch", None) is x
+
+
+def test_the_reader_of_device_groups_knows_every_notation_of_xla():
+    known = {
+        "{{0,1},{2,3}}, to_apply=z": [[0, 1], [2, 3]],
+        "[4,2]<=[8], dimensions={0}": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "[4,2]<=[2,2,2]T(0,2,1), dimensions={0}": [[0, 2], [1, 3], [4, 6], [5, 7]],
+        "mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}, to_apply=z": [[0, 1], [2, 3], [4, 5], [6, 7]],
+        "mesh['axis_0'=4,'axis_1'=2] {'axis_0'}": [[0, 2, 4, 6], [1, 3, 5, 7]],
+        # ids [[0, 4], [1, 5], [2, 6], [3, 7]] as [2, 2, 2]: axis_1 pairs 0 with 1 and 4 with 5.
+        "mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}": [[0, 1], [4, 5], [2, 3], [6, 7]],
+    }
+    for text, groups in known.items():
+        assert groups_of(f"x = f32[2] all-reduce(y), replica_groups={text}") == groups
+    with pytest.raises(AssertionError, match="does not know"):
+        groups_of("x = f32[2] all-reduce(y), replica_groups=something")
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1])))
