@@ -45,6 +45,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     code = 0
     try:
         main(args)
+        sys.stdout.flush()  # here, where a reader that is gone is no traceback
     except NanoJaxError as error:
         if debug:
             raise

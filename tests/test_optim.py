@@ -86,6 +86,13 @@ def test_five_steps_bring_singular_values_near_one_times_the_factor(shape, facto
     assert values.max() < 1.2
 
 
+@pytest.mark.parametrize("shape", [(8, 96), (96, 8)], ids=str)
+def test_products_are_taken_on_the_small_side(shape):
+    program = str(jax.make_jaxpr(lambda g: orthogonalise_all({"w": g}, 5, jnp.float32))(jnp.ones(shape)))
+    assert "[1,8,8]" in program
+    assert "[1,96,96]" not in program
+
+
 def test_bfloat16_iterations_stay_near_float32_and_return_float32():
     g = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((32, 48)), jnp.float32)}
     low, high = (orthogonalised(g, 5, dtype)["w"] for dtype in (jnp.bfloat16, jnp.float32))
