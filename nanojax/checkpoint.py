@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
-        self.folder = folder
+        self.folder, self._keep = folder, keep
         with storage(folder):
             self._orbax = ocp.training.Checkpointer(
                 str(folder.absolute()),
@@ -52,6 +54,7 @@ class Checkpoints:
         if step == self.latest:
             return
         rest = {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments}
+        assert self._keep is not None, "opened for reading"
         with storage(self.folder):
             self._pending = self._orbax.save_checkpointables_async(
                 step, {"params": state.params, "rest": rest, "meta": {"json": json.dumps(meta)}}, force=True
@@ -84,15 +87,15 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
-        try:
-            with storage(self.folder):
+        with storage(self.folder):
+            try:
                 return self._orbax.load_checkpointables(step, target)
-        except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} cannot be read ({type(error).__name__}: {reason[0][:160] if reason else ''}); "
-                f"move that folder away to go on from an older one"
-            ) from error
+            except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+                hush_orbax()
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} is damaged or of another model ({cause(error)}); "
+                    f"move that folder away to go on from an older one"
+                ) from error
 
     def close(self) -> None:
         """Wait for the save that runs and let orbax go."""
@@ -105,14 +108,27 @@ def storage(folder: Path) -> Iterator[None]:
     """Turn what a full or failing disk raises, here and inside orbax, into StorageError."""
     try:
         yield
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise StorageError(f"cannot use {folder}: {error.strerror or error}; free space there or choose another --out") from error
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
             raise
         raise StorageError(f"no space left in {folder}; free some and start again with --resume") from error
+
+
+def cause(error: BaseException) -> str:
+    """First line of the innermost exception: orbax wraps what went wrong in words of its own."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def hush_orbax() -> None:
+    """After a failed load, keep what its abandoned threads still have to say about it off the terminal; the error has been told."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+    sys.unraisablehook = lambda _: None
 
 
 def state_sha256(state: TrainState, data_state: dict[str, int]) -> str:

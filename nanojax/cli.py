@@ -30,12 +30,13 @@ def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, de
 
     Prints help and exits 0 on --help. Raises UserError in one line on anything that does not parse.
     """
+    usage = prog.split(" [", maxsplit=1)[0] + " --help"
     known = [*flags(spec), *FLAGS_OF_ALL, "-h"]
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
-        if re.match(r"--?[a-zA-Z]", name) and name not in known:
+        if re.match(r"--[a-zA-Z]", name) and name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UserError(f"unknown option {name}; {f'did you mean {near[0]}?' if near else f'see {prog} --help'}")
+            raise UserError(f"unknown option {name}; {f'did you mean {near[0]}?' if near else f'see {usage}'}")
     out = io.StringIO()
     try:
         with contextlib.redirect_stderr(out):
@@ -45,7 +46,7 @@ def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, de
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(one_line(out.getvalue()) + f"; see {prog} --help") from None
+        raise UserError(one_line(out.getvalue()) + f"; see {usage}") from None
 
 
 def flags(spec: Any, prefix: str = "") -> list[str]:
@@ -70,7 +71,7 @@ def flags(spec: Any, prefix: str = "") -> list[str]:
 def one_line(box: str) -> str:
     """The words of tyro's boxed message, without the box and without its pointer to the help."""
     words = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
-    text = " ".join(filter(None, words))
+    text = re.sub(r"^Error parsing config[.\w]*: ", "", " ".join(filter(None, words)))
     return re.sub(r"\s+", " ", re.split("Argument helptext:|For full helptext", text)[0]).strip(" .") or "the command line does not parse"
 
 
@@ -80,6 +81,8 @@ def split_preset(argv: Sequence[str]) -> tuple[Config, list[str]]:
     A preset is Python that assigns `config`; it is run, as any program that you name on the command line.
     """
     if not argv or argv[0].startswith("-"):
+        if late := [arg for arg in argv if arg.endswith(".py") and Path(arg).is_file()]:
+            raise UserError(f"the preset comes before all flags, given {late[0]} after {argv[0]}; move it to the front")
         return Config(), list(argv)
     return load_preset(argv[0]), list(argv[1:])
 

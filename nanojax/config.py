@@ -144,7 +144,7 @@ class OptimConfig:
     warmdown: float = 0.65
     """Last share of the run, over which the learning rates fall linearly."""
     final_lr: float = 0.05
-    """Share of the learning rates left at the last step."""
+    """Share of the learning rates that the warm-down arrives at when the last step is done."""
     clip: float | None = 1.0
     """Global gradient norm; None turns clipping off."""
     reference_batch: int | None = 2**19
@@ -336,3 +336,11 @@ def parse_mesh(text: str) -> dict[str, int]:
             raise UserError(f"--mesh takes axis=size pairs of {', '.join(MESH_AXES)}, given {part!r}; try --mesh data=2,fsdp=2")
         sizes[name.strip()] = int(size)
     return sizes
+
+
+def parse_window(text: str) -> tuple[int, int]:
+    """'20:23' -> (20, 23): the steps that are traced, the first is 1. Raises UserError otherwise."""
+    first, _, last = text.partition(":")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile takes first:last steps, given {text!r}; try --profile 20:23")
+    return int(first), int(last)

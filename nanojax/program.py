@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,33 +34,53 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """What a run computes with. Shardings are derived once and given to init, step, evaluation and restore."""
+class Site:
+    """What a config comes to on the devices there are."""
 
     config: Config
     mesh: Mesh
     attention: str
+    why: str
+    """Why this backend, and why not the faster ones."""
+    compute: str
+    """Format of the activations."""
     precision: str
-    facts: dict[str, str]
-    """Lines for the header: devices, mesh, attention and why, precision, batch."""
-    accumulation: int
-    """Microbatches a step, A."""
+    """Format that the matrices of the blocks are rounded to."""
     rows: int
     """Rows of a microbatch on all devices together, B."""
+    accumulation: int
+    """Microbatches a step, A."""
+
+    @property
+    def platform(self) -> str:
+        """Kind of the devices: cpu, gpu."""
+        return self.mesh.devices.flat[0].platform
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Lines for the header."""
+        return {
+            "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind} ({self.platform})",
+            "mesh": ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
+            "attention": f"{self.attention} ({self.why})",
+            "precision": f"activations {self.compute}, block matrices {self.precision}, master weights fp32",
+            "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Site):
+    """What a run computes with. Shardings are derived once and given to init, step, evaluation and restore."""
+
     shapes: TrainState
     """ShapeDtypeStructs."""
     shardings: TrainState
-    """A TrainState of NamedShardings."""
     init: Callable[[Array], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[dict[str, Array], Any, Array], dict[str, Array]]
     graph: nnx.GraphDef
     """With `model.merge` and prepared weights, the model."""
     prepare: Callable[[dict[str, Array]], dict[str, Array]]
-
-    @property
-    def platform(self) -> str:
-        return self.mesh.devices.flat[0].platform
 
     @property
     def parameters(self) -> int:
@@ -73,48 +94,54 @@ def keep_compiled_programs(cache: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def make_program(config: Config, devices: list[jax.Device] | None = None) -> Program:
-    """The program of a resolved config on all devices (or those given).
+@contextlib.contextmanager
+def out_of_memory_told() -> Iterator[None]:
+    """Turn a device's out-of-memory into a UserError that says what to change."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).splitlines()[0][:160]
+        raise UserError(f"the devices are out of memory ({what}); try a smaller --micro-batch, --remat, or fsdp in --mesh") from error
 
-    Raises UserError when mesh, batch, attention or precision do not fit the devices; nothing is compiled or allocated yet.
-    """
+
+def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
+    """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
     meshes.check_divisible(config.model, mesh)
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = micro_batch(config, replicas)
-    accumulation = config.batch_tokens // (config.model.seq_len * rows * replicas)
     platform = mesh.devices.flat[0].platform
     compute, precision = formats(config, platform)
-    dtype = DTYPES[compute]
-    packed = config.data.mask_documents
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = micro_batch(config, replicas) * replicas
     try:
-        attention, why = resolve(config.train.attn_impl, platform=platform, dtype=dtype, head_dim=config.model.head_dim, packed=packed)
+        attention, why = resolve(
+            config.train.attn_impl,
+            platform=platform,
+            dtype=DTYPES[compute],
+            head_dim=config.model.head_dim,
+            packed=config.data.mask_documents,
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
-    sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    facts = {
-        "devices": f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({platform})",
-        "mesh": sizes,
-        "attention": f"{attention} ({why})",
-        "precision": f"activations {compute}, block matrices {precision}, master weights fp32",
-        "batch": f"{accumulation} x {rows * replicas} rows ({rows} a device) of {config.model.seq_len} tokens",
-    }
+    accumulation = config.batch_tokens // (config.model.seq_len * rows)
+    return Site(config, mesh, attention, why, compute, precision, rows, accumulation)
+
+
+def make_program(config: Config, devices: list[jax.Device] | None = None) -> Program:
+    """The program of a resolved config on all devices (or those given); nothing is compiled or allocated yet.
+
+    Raises UserError when mesh, batch, attention or precision do not fit the devices.
+    """
+    site = choose_site(config, devices)
+    mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
 
     def build(key: Array) -> GPT:
-        return GPT(config.model, attention=BACKENDS[attention], key=key, compute_dtype=dtype, remat=config.train.remat)
+        return GPT(config.model, attention=BACKENDS[site.attention], key=key, compute_dtype=dtype, remat=train.remat)
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
-    prepare = functools.partial(prepare_weights, precision=DTYPES[precision], dtype=dtype)
-    head = dict(blocks=config.train.loss_blocks, packed=packed)
-    options = COMPILER_OPTIONS.get(platform) or None
-    tx = optimizer(
-        config.optim,
-        steps=config.steps,
-        batch_tokens=config.batch_tokens,
-        d_model=config.model.width,
-        ns_dtype=dtype,
-    )
+    tx = optimizer(config.optim, steps=config.steps, batch_tokens=config.batch_tokens, d_model=config.model.width, ns_dtype=dtype)
 
     def init(key: Array) -> TrainState:
         key_init, key_run = jax.random.split(key)
@@ -124,40 +151,25 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
         return TrainState(step=zero, skipped=zero, key=jax.random.key_data(key_run), params=params, moments=tx.init(params))
 
     shapes = jax.eval_shape(init, jax.random.key(0))
-    by_name, one = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh)
+    by_name, one, batch = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh), meshes.batch_sharding(mesh)
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
-    step = functools.partial(
-        train_step,
-        tx=tx,
-        lr=schedule(config.optim, config.steps),
-        prepare=prepare,
-        loss=functools.partial(microbatch_nats, graph, **head),
-        shardings=by_name,
-    )
-    batch = meshes.batch_sharding(mesh)
+
+    prepare = functools.partial(prepare_weights, precision=DTYPES[site.precision], dtype=dtype)
+    head = dict(blocks=train.loss_blocks, packed=config.data.mask_documents)
+    loss = functools.partial(microbatch_nats, graph, **head)
+    step = functools.partial(train_step, tx=tx, lr=schedule(config.optim, config.steps), prepare=prepare, loss=loss, shardings=by_name)
+    evaluate = functools.partial(eval_step, graph, prepare=prepare, **head)
+    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(site.platform) or None)
     return Program(
-        config=config,
-        mesh=mesh,
-        attention=attention,
-        precision=precision,
-        facts=facts,
-        accumulation=accumulation,
-        rows=rows * replicas,
+        **vars(site),
         shapes=shapes,
         shardings=shardings,
         graph=graph,
         prepare=prepare,
         init=jax.jit(init, out_shardings=shardings),
-        train_step=jax.jit(
-            step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0, compiler_options=options
-        ),
-        eval_step=jax.jit(
-            functools.partial(eval_step, graph, prepare=prepare, **head),
-            in_shardings=(by_name, batch, one),
-            out_shardings=one,
-            compiler_options=options,
-        ),
+        train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
+        eval_step=jit(evaluate, in_shardings=(by_name, batch, one), out_shardings=one),
     )
 
 

@@ -43,11 +43,16 @@ class RunFolder:
 
     def open_for_training(self, resume: bool) -> None:
         """Make the folder, and refuse one that is not writable, has a run that would be overwritten, or has none to resume."""
-        if resume and not self.has_checkpoint:
-            raise UserError(f"--resume needs a checkpoint, and {self.path} has none; drop --resume or point --out at the run's folder")
+        if resume:
+            self.require_resumable()
         if not resume and self.has_checkpoint:
             raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
         self.make()
+
+    def require_resumable(self) -> None:
+        """Refuse a folder that has no checkpoint to go on from."""
+        if not self.has_checkpoint:
+            raise UserError(f"--resume needs a checkpoint, and {self.path} has none; drop --resume or point --out at the run's folder")
 
     def require_checkpoint(self) -> None:
         if not self.has_checkpoint:
@@ -69,6 +74,7 @@ class RunFolder:
         data.tokenizer.save(self.path / "tokenizer.json")
         record = {"config": config.to_dict(), "tokenizer_sha256": data.tokenizer.sha256, "text_sha256": data.train.text_sha256}
         self.write_json("config.json", record)
+        self.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
 
     def finished(self, config: Config) -> bool:
         """Whether the newest checkpoint is of the last step and the summary is written."""

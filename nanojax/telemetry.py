@@ -15,7 +15,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanojax.config import Config
+from nanojax.config import Config, parse_window
 from nanojax.errors import StorageError, UserError
 from nanojax.sizes import count_parameters, flops_per_token, state_bytes, step_bytes
 
@@ -103,7 +103,7 @@ class JsonLines:
     def __init__(self, path: Path, done: int):
         self.path = path
         try:
-            records = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            records = read_lines(path) if path.exists() else []
             kept = [record for record in records if record["step"] <= done]
             path.write_text("".join(json.dumps(record) + "\n" for record in kept))
             self.last_loss = next((record["loss"] for record in reversed(kept) if "loss" in record), math.nan)
@@ -122,6 +122,15 @@ class JsonLines:
 
     def close(self) -> None:
         self._file.close()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line that a crash cut short is dropped, any other that does not parse raises."""
+    lines = path.read_text().splitlines()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError:
+        return [json.loads(line) for line in lines[:-1]]
 
 
 class TensorBoard:
@@ -201,14 +210,6 @@ class ProfileWindow:
             self._open = False
 
 
-def parse_window(text: str) -> tuple[int, int]:
-    """'20:23' -> (20, 23): the steps that are traced, the first is 1. Raises UserError otherwise."""
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile takes first:last steps, given {text!r}; try --profile 20:23")
-    return int(first), int(last)
-
-
 def draw_loss(metrics: Path, target: Path) -> str:
     """Draw metrics.jsonl as a picture. Returns where it is, or what is missing when there is no matplotlib."""
     try:
@@ -218,7 +219,7 @@ def draw_loss(metrics: Path, target: Path) -> str:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = read_lines(metrics)
     train = [(r["step"], r["bpb"]) for r in records if "bpb" in r and math.isfinite(r["bpb"])]
     validation = [(r["step"], r["val_bpb"]) for r in records if "val_bpb" in r and math.isfinite(r["val_bpb"])]
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")

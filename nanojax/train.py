@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from nanojax.cli import FLAT, parse, split_preset
-from nanojax.config import Config
+from nanojax.config import Config, parse_window
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -74,10 +74,14 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
     if command.resume and preset is None and command.out:
         from nanojax.runs import RunFolder
 
-        saved, _ = RunFolder(Path(command.out)).read()
+        folder = RunFolder(Path(command.out))
+        folder.require_resumable()
+        saved, _ = folder.read()
         # Its vocabulary is the padded one, for which the corpus would give another tokenizer.
-        saved = replace(saved, data=replace(saved.data, tokenizer=str(Path(command.out) / "tokenizer.json")))
+        saved = replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
         command = parse(TrainCommand, rest, default=TrainCommand(config=saved), **words)
+    if command.profile is not None:
+        parse_window(command.profile)
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")
     return command, preset or "default"
@@ -94,7 +98,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     from nanojax.evals.bpb import validator
     from nanojax.loop import Interrupts, Loop, Meter
     from nanojax.mesh import batch_sharding
-    from nanojax.program import keep_compiled_programs, make_program
+    from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
@@ -112,7 +116,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         n_vocab=data.tokenizer.n_vocab,
     )
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
-    with jax.set_mesh(program.mesh), Interrupts() as interrupts:
+    with jax.set_mesh(program.mesh), out_of_memory_told(), Interrupts() as interrupts:
         if command.resume:
             state, saved = checkpoints.restore(program.shapes, program.shardings)
             loader.set_state(saved["data"])

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 
 from nanojax import loop, telemetry
-from nanojax.config import Config, ModelConfig, TrainConfig
+from nanojax.config import Config, ModelConfig, TrainConfig, parse_window
 from nanojax.errors import NonFiniteError, StorageError, UserError
 from nanojax.loop import WARMUP_STEPS, Meter, due
-from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, draw_loss, duration, header, parse_window, peak_flops
+from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, draw_loss, duration, header, peak_flops
 
 
 def device(kind: str) -> types.SimpleNamespace:

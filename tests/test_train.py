@@ -259,6 +259,7 @@ def test_a_run_whose_vocabulary_was_padded_goes_on_from_its_saved_config(presets
     assert (data.tokenizer.n_vocab, config.model.vocab_size) == (300, 384)
     run = RunFolder(tmp_path)
     run.write(config, data)
+    (run.checkpoints / "3").mkdir(parents=True)
     command, _ = train_module.read_command(["--out", str(tmp_path), "--resume"])
     again = prepare(command.config.data, command.config.model.vocab_size, lambda _: None)
     run.check_resume(resolve(command.config, again.tokenizer.n_vocab), again)

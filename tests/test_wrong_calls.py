@@ -171,7 +171,7 @@ QUICK = {
     "sample file": ("file", "give the --out of a training run"),
     "tokenizer": ("train", "eval"),
     "data fetch": ("fetch", "download"),
-    "train --out runs/nothing --resume": ("runs/nothing does not", "give the --out"),
+    "train --out runs/nothing --resume": ("--resume needs a checkpoint", "runs/nothing has none", "drop --resume"),
 }
 DEVICE = {
     f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),

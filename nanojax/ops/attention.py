@@ -51,8 +51,12 @@ def reference_attention(q_BTNH, k_BTKH, v_BTKH, *, window=None, segments_BT=None
 
 def jax_attention(q_BTNH, k_BTKH, v_BTKH, *, implementation: Literal["cudnn", "xla"], window=None, segments_BT=None):
     """`jax.nn.dot_product_attention`. Its local window (W - 1, 0) holds W keys; it has no segments, so they become a dense mask."""
+    tokens = q_BTNH.shape[1]
+    if implementation == "cudnn" and tokens % 2:
+        # cuDNN trains on even lengths only. One more token at the end is seen by none but itself.
+        q_BTNH, k_BTKH, v_BTKH = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q_BTNH, k_BTKH, v_BTKH))
     mask = None if segments_BT is None else visible(q_BTNH.shape[1], None, segments_BT)[:, None]
-    return jax.nn.dot_product_attention(
+    out_BTNH = jax.nn.dot_product_attention(
         q_BTNH,
         k_BTKH,
         v_BTKH,
@@ -61,6 +65,7 @@ def jax_attention(q_BTNH, k_BTKH, v_BTKH, *, implementation: Literal["cudnn", "x
         local_window_size=None if window is None else (window - 1, 0),
         implementation=implementation,
     )
+    return out_BTNH[:, :tokens]
 
 
 BACKENDS: Mapping[str, Callable[..., Array]] = {
