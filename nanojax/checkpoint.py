@@ -20,8 +20,11 @@ from orbax.checkpoint import v1 as ocp
 from nanojax.errors import StorageError, UserError
 from nanojax.step import TrainState
 
-# orbax warns of its own internals at every save (an OCDBT merge with nothing to merge); what fails raises.
+# orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
+# tasks logs a traceback; what fails raises, once.
 logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
 
 
 class Checkpoints:
@@ -87,11 +90,13 @@ class Checkpoints:
         step = self.latest
         if step is None:
             raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what orbax's abandoned threads say of a failed load
         with storage(self.folder):
             try:
-                return self._orbax.load_checkpointables(step, target)
+                loaded = self._orbax.load_checkpointables(step, target)
+                sys.unraisablehook = hook  # after a failure they go on talking until the process ends
+                return loaded
             except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-                hush_orbax()
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} is damaged or of another model ({cause(error)}); "
                     f"move that folder away to go on from an older one"
@@ -122,13 +127,6 @@ def cause(error: BaseException) -> str:
         error = inner
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-
-
-def hush_orbax() -> None:
-    """After a failed load, keep what its abandoned threads still have to say about it off the terminal; the error has been told."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
-    sys.unraisablehook = lambda _: None
 
 
 def state_sha256(state: TrainState, data_state: dict[str, int]) -> str:
