@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from nanojax import __version__
 from nanojax.errors import UserError, run_main
 
 VERBS = {
@@ -20,6 +21,9 @@ VERBS = {
 
 def dispatch(argv: Sequence[str]) -> None:
     """Run the verb that argv names. Raises UserError on one that there is not."""
+    if argv and argv[0] == "--version":
+        print(f"nanojax {__version__}")
+        return
     if not argv or argv[0] in ("-h", "--help"):
         lines = [f"  {verb:<11}{text}" for verb, (_, _, text) in VERBS.items()]
         print("usage: nanojax VERB [--help] ...\n\n" + "\n".join(lines))

@@ -22,7 +22,7 @@ from nanojax.step import TrainState
 
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
 # tasks logs a traceback; what fails raises, once.
-logging.getLogger("absl").setLevel(logging.ERROR)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
 
@@ -104,8 +104,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for the save that runs and let orbax go."""
-        self.wait()
-        self._orbax.close()
+        try:
+            self.wait()
+        finally:
+            with storage(self.folder):
+                self._orbax.close()  # raises the failure of a background save once more
 
 
 @contextmanager
@@ -118,7 +121,7 @@ def storage(folder: Path) -> Iterator[None]:
     except ValueError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
             raise
-        raise StorageError(f"no space left in {folder}; free some and start again with --resume") from error
+        raise StorageError(f"no space left in {folder}; free some there, or give another --out") from error
 
 
 def cause(error: BaseException) -> str:

@@ -71,7 +71,9 @@ def flags(spec: Any, prefix: str = "") -> list[str]:
 def one_line(box: str) -> str:
     """The words of tyro's boxed message, without the box and without its pointer to the help."""
     words = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
-    text = re.sub(r"^Error parsing config[.\w]*: ", "", " ".join(filter(None, words)))
+    text = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(filter(None, words)))
+    if found := re.match(r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", text):
+        return f"{found[1]} takes {found[2].replace('{None}|', '')} or None, given {found[3]}"
     return re.sub(r"\s+", " ", re.split("Argument helptext:|For full helptext", text)[0]).strip(" .") or "the command line does not parse"
 
 
@@ -99,7 +101,7 @@ def load_preset(path: str | Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except UserError as error:
         raise UserError(f"preset {path}: {error}") from error
-    except Exception as error:  # the user's own code: whatever it raises is theirs to mend
+    except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to mend
         raise UserError(f"preset {path} raised {type(error).__name__}: {error}; run it with python to see where") from error
     if not isinstance(config, Config):
         raise UserError(f"a preset must assign `config = Config(...)`, and {path} has config={config!r}")

@@ -20,7 +20,9 @@ ComputeDtype = Literal["auto", "fp32", "bf16"]
 Precision = Literal["auto", "fp32", "bf16"]
 Packing = Literal["best_fit", "concat"]
 
+MAX_DEPTH, MAX_WIDTH = 1024, 2**17  # far beyond any model here; what is larger is a slip of the hand
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+LARGEST = 2**31  # of any whole number in a config: steps and token ids are int32 on the device
 VOCAB_MULTIPLE = 128  # padding that keeps the head's matrix product on full tiles and divisible by any tensor axis
 
 
@@ -63,12 +65,14 @@ class ModelConfig:
     """Keys that a token sees, itself included. None: all before it."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_types(self)
         for name in ("depth", "seq_len", "vocab_size", "head_dim"):
             require_positive(name, getattr(self, name))
         for name in ("d_model", "n_kv_head", "d_ffn", "softcap", "window"):
             if (value := getattr(self, name)) is not None:
                 require_positive(name, value)
+        if self.depth > MAX_DEPTH or self.width > MAX_WIDTH:
+            raise UserError(f"depth={self.depth}, d_model={self.width} must be at most {MAX_DEPTH} and {MAX_WIDTH}; choose a smaller model")
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even (RoPE rotates its halves); try {self.head_dim + 1}")
         if not (math.isfinite(self.rope_base) and self.rope_base > 1):
@@ -151,6 +155,7 @@ class OptimConfig:
     """Learning rates scale by sqrt(tokens a step / this); None leaves them alone."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("matrix_lr", "embedding_lr", "head_lr", "gain_lr", "eps", "ns_steps"):
             require_positive(f"optim.{name}", getattr(self, name))
         for name in ("weight_decay", "momentum_warmup", "warmup_steps"):
@@ -185,7 +190,7 @@ class DataConfig:
     """Share of the documents held out for validation; at least one."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_types(self)
         if not 0 < self.val_fraction < 1:
             raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; try 0.02")
         if self.glob is not None and self.path is None:
@@ -228,7 +233,7 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
-        require_choices(self)
+        check_types(self)
         for name in ("tokens_per_param", "loss_blocks", "eval_tokens", "keep"):
             require_positive(name, getattr(self, name))
         for name in ("steps", "batch_tokens", "micro_batch"):
@@ -282,6 +287,8 @@ class Config:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
         """Inverse of `to_dict`, also after a trip through JSON. Raises UserError on fields that do not fit."""
+        if not isinstance(values, dict) or not all(isinstance(part, dict) for part in values.values()):
+            raise UserError(f"a saved config is an object of objects, given {values!s:.60}; it is not one of ours")
         parts = {"model": ModelConfig, "train": TrainConfig, "optim": OptimConfig, "data": DataConfig}
         if unknown := set(values) - set(parts):
             raise UserError(f"a saved config has the sections {sorted(parts)}, given also {sorted(unknown)}; it is from another version")
@@ -290,7 +297,7 @@ class Config:
             given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.get(name, {}).items()}
             try:
                 made[name] = part(**given)
-            except TypeError as error:
+            except (TypeError, UserError) as error:
                 raise UserError(f"a saved config does not fit this version: section {name}: {error}") from error
         return cls(**made)
 
@@ -302,18 +309,35 @@ class Config:
         return "\n".join(lines) + "\n"
 
 
-def require_choices(config: Any) -> None:
-    """Raise UserError where a field holds none of the values that its Literal lists: presets and saved configs get no parser's check."""
+def check_types(config: Any) -> None:
+    """Raise UserError where a field does not hold what its annotation says: presets and saved configs get no parser's check."""
     for name, hint in get_type_hints(type(config)).items():
-        value, choices = getattr(config, name), get_args(hint)
-        if get_origin(hint) is Literal and value not in choices:
-            raise UserError(f"{name}={value!r} must be one of {', '.join(map(str, choices))}")
+        value = getattr(config, name)
+        if not fits(value, hint):
+            wanted = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else str(getattr(hint, "__name__", hint))
+            raise UserError(f"{name}={value!r:.60} must be one of these: {wanted.replace('NoneType', 'None')}")
+        if isinstance(value, int) and abs(value) >= LARGEST:
+            raise UserError(f"{name}={value:.3g} must be below {LARGEST}; write a smaller number")
+        if value == "" and name not in ("mesh", "prompt", "run"):
+            raise UserError(f"{name} must not be empty; leave it out to have it derived")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type: a plain type, a Literal, a union or a tuple of them. An int passes for a float."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and len(value) == len(args) and all(fits(v, a) for v, a in zip(value, args, strict=True))
+    if args:
+        return any(fits(value, arg) for arg in args)
+    return isinstance(value, int | float if hint is float else hint) and (hint is bool or not isinstance(value, bool))
 
 
 def require_positive(name: str, value: float, *, zero: bool = False) -> None:
     """Raise UserError unless value is finite and above zero (or, with zero=True, at least zero)."""
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        raise UserError(f"{name}={value} must be {'at least' if zero else 'above'} 0")
+        raise UserError(f"{name}={value} must be {'at least' if zero else 'above'} 0 and finite; leave it out for the default")
 
 
 def require_share(name: str, value: float) -> None:
@@ -324,7 +348,8 @@ def require_share(name: str, value: float) -> None:
 
 def nearest_divisor(n: int, k: int) -> int:
     """The divisor of n nearest to k."""
-    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - k), d))
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - k), d))
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -334,13 +359,16 @@ def parse_mesh(text: str) -> dict[str, int]:
         name, _, size = part.partition("=")
         if name.strip() not in MESH_AXES or not re.fullmatch(r"\s*[1-9][0-9]*\s*", size):
             raise UserError(f"--mesh takes axis=size pairs of {', '.join(MESH_AXES)}, given {part!r}; try --mesh data=2,fsdp=2")
+        if name.strip() in sizes:
+            raise UserError(f"--mesh names each axis once, given {text!r}; write one size for {name.strip()}")
         sizes[name.strip()] = int(size)
     return sizes
 
 
 def parse_window(text: str) -> tuple[int, int]:
     """'20:23' -> (20, 23): the steps that are traced, the first is 1. Raises UserError otherwise."""
-    first, _, last = text.partition(":")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    first, last = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= first <= last:
         raise UserError(f"--profile takes first:last steps, given {text!r}; try --profile 20:23")
-    return int(first), int(last)
+    return first, last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -52,11 +53,16 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         label = "interrupted" if isinstance(error, Interrupted) else "error"
         print(f"nanojax: {label}: {error}", file=sys.stderr)
         code = error.exit_code
+    except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if debug:
+            raise
+        print(f"nanojax: error: {error.strerror or error}: {error.filename!s:.80}; give another path, or mend this one", file=sys.stderr)
+        code = UserError.exit_code if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR) else StorageError.exit_code
     except KeyboardInterrupt:
         if debug:
             raise
         print("nanojax: interrupted: nothing was saved", file=sys.stderr)
         code = 130
-    except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)

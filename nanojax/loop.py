@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import signal
@@ -15,7 +16,7 @@ import jax
 
 from nanojax.checkpoint import Checkpoints, state_sha256
 from nanojax.data.loader import Loader
-from nanojax.errors import Interrupted, NonFiniteError
+from nanojax.errors import Interrupted, NonFiniteError, StorageError
 from nanojax.evals.bpb import Validation
 from nanojax.program import Program
 from nanojax.runs import RunFolder
@@ -179,11 +180,13 @@ class Loop:
     def __enter__(self) -> Loop:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.profile.close()
         self.meter.close()
         self.loader.close()
-        self.checkpoints.close()
+        # Where the run is failing already, a save that fails as well must not hide why.
+        with contextlib.suppress(StorageError) if kind else contextlib.nullcontext():
+            self.checkpoints.close()
 
     def run(self, state: TrainState, saved: dict[str, Any], interrupts: Interrupts, started: float) -> tuple[TrainState, dict[str, Any]]:
         """(last state, summary) after all steps. `saved` is the meta of the checkpoint that `state` came from, empty at first;

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nanojax.config import Config
 from nanojax.data.shards import Prepared
-from nanojax.errors import StorageError, UserError
-from nanojax.tokenizer import Tokenizer
+from nanojax.errors import UserError
+from nanojax.tokenizer import Tokenizer, write_atomically
 
-# Fields that may change between a run and its continuation: none of them moves the weights, but `steps`, which moves the schedule.
+# Fields that may change between a run and its continuation: none of them moves the weights beyond rounding.
 FREE_ON_RESUME = frozenset(
     {
         "data.cache", "data.path", "data.tokenizer", "train.attn_impl", "train.eval_every", "train.eval_tokens", "train.keep",
@@ -38,16 +39,33 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
-    def has_checkpoint(self) -> bool:
-        return self.checkpoints.is_dir() and any(child.name.isdigit() and child.is_dir() for child in self.checkpoints.iterdir())
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, in order; found without importing anything."""
+        if not self.checkpoints.is_dir():
+            return []
+        return sorted(int(child.name) for child in self.checkpoints.iterdir() if re.fullmatch("[0-9]+", child.name) and child.is_dir())
 
-    def open_for_training(self, resume: bool) -> None:
-        """Make the folder, and refuse one that is not writable, has a run that would be overwritten, or has none to resume."""
+    @property
+    def has_checkpoint(self) -> bool:
+        return bool(self.steps)
+
+    def open_for_training(self, resume: bool) -> IO[str]:
+        """Make the folder and lock it, for as long as the file that is returned stays open.
+
+        Refuses a folder that is not writable, that another process trains in, whose run would be overwritten, or that has none to resume.
+        """
         if resume:
             self.require_resumable()
         if not resume and self.has_checkpoint:
             raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
         self.make()
+        lock = (self.path / ".lock").open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            lock.close()
+            raise UserError(f"one run at a time trains in a folder, and another process does in {self.path}; give another --out") from error
+        return lock
 
     def require_resumable(self) -> None:
         """Refuse a folder that has no checkpoint to go on from."""
@@ -78,25 +96,21 @@ class RunFolder:
 
     def finished(self, config: Config) -> bool:
         """Whether the newest checkpoint is of the last step and the summary is written."""
-        steps = [int(child.name) for child in self.checkpoints.iterdir() if child.name.isdigit()]
-        return max(steps, default=0) == config.train.steps and (self.path / "summary.json").is_file()
+        return self.steps[-1:] == [config.steps] and (self.path / "summary.json").is_file()
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
-        target = self.path / name
-        temporary = target.with_name(f".{name}.{os.getpid()}")
-        try:
-            temporary.write_text(json.dumps(record, indent=2) + "\n")
-            temporary.replace(target)
-        except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}; free space there or choose another --out") from error
+        write_atomically(self.path / name, json.dumps(record, indent=2) + "\n")
 
     def read(self) -> tuple[Config, dict[str, str]]:
         """(resolved config, the record's hashes) of the run. Raises UserError when the folder is not a run."""
         source = self.path / "config.json"
         try:
             record = json.loads(source.read_text())
-            return Config.from_dict(record["config"]), {name: str(record[name]) for name in ("tokenizer_sha256", "text_sha256")}
+            config = Config.from_dict(record["config"])
+            if None in (config.train.steps, config.train.batch_tokens):
+                raise UserError("steps and batch_tokens must be numbers")
+            return config, {name: str(record[name]) for name in ("tokenizer_sha256", "text_sha256")}
         except FileNotFoundError:
             raise UserError(f"a run's folder holds config.json, and {self.path} does not; give the --out of a training run") from None
         except OSError as error:
@@ -106,7 +120,15 @@ class RunFolder:
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, checked against the hash in its config."""
-        tokenizer, expected = Tokenizer.load(self.path / "tokenizer.json"), self.read()[1]["tokenizer_sha256"]
+        config, hashes = self.read()
+        if not (self.path / "tokenizer.json").is_file():
+            raise UserError(f"a run's folder holds its tokenizer.json, and {self.path} does not; put the run's own back")
+        tokenizer, expected = Tokenizer.load(self.path / "tokenizer.json"), hashes["tokenizer_sha256"]
+        if tokenizer.n_vocab > config.model.vocab_size:
+            raise UserError(
+                f"{self.path / 'config.json'} has vocab_size={config.model.vocab_size}, fewer than the {tokenizer.n_vocab} tokens of "
+                f"the run's tokenizer; put the run's own config back"
+            )
         if tokenizer.sha256 != expected:
             raise UserError(
                 f"{self.path / 'tokenizer.json'} has SHA-256 {tokenizer.sha256[:12]}, and the run was trained with {expected[:12]}; "

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from nanojax.config import Config, parse_window
 from nanojax.errors import StorageError, UserError
 from nanojax.sizes import count_parameters, flops_per_token, state_bytes, step_bytes
+from nanojax.tokenizer import write_atomically
 
 # Dense bf16 TFLOP/s of one device, by what its `device_kind` contains; NVIDIA's datasheets. First match wins.
 PEAK_TFLOPS = (
@@ -105,11 +106,11 @@ class JsonLines:
         try:
             records = read_lines(path) if path.exists() else []
             kept = [record for record in records if record["step"] <= done]
-            path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
             self.last_loss = next((record["loss"] for record in reversed(kept) if "loss" in record), math.nan)
             """Training loss of step `done`, NaN at the start."""
             self._file = path.open("a")
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"cannot continue {path} ({error}); move it away") from error
 
     def write(self, record: dict[str, Any]) -> None:

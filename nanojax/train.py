@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from nanojax.cli import FLAT, parse, split_preset
-from nanojax.config import Config, parse_window
+from nanojax.config import Config, check_types, parse_window, require_positive
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -54,15 +54,19 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.sizes import resolve
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
-    folder.open_for_training(command.resume)
-    data = prepare(command.config.data, command.config.model.vocab_size, print)
-    config = resolve(command.config, data.tokenizer.n_vocab)
-    if command.resume:
-        folder.check_resume(config, data)
-        if folder.finished(config):
-            print(f"{folder.path} is complete: {config.train.steps} steps; see {folder.path / 'summary.json'}")
-            return
-    train(config, command, folder, data, started)
+    with folder.open_for_training(command.resume):
+        data = prepare(command.config.data, command.config.model.vocab_size, print)
+        config = resolve(command.config, data.tokenizer.n_vocab)
+        if command.profile is not None and parse_window(command.profile)[0] > config.steps:
+            raise UserError(
+                f"--profile {command.profile} begins after the last step, {config.steps}; try --profile 1:{min(3, config.steps)}"
+            )
+        if command.resume:
+            folder.check_resume(config, data)
+            if folder.finished(config):
+                print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+                return
+        train(config, command, folder, data, started)
 
 
 def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
@@ -80,8 +84,11 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         # Its vocabulary is the padded one, for which the corpus would give another tokenizer.
         saved = replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
         command = parse(TrainCommand, rest, default=TrainCommand(config=saved), **words)
+    check_types(command)
     if command.profile is not None:
         parse_window(command.profile)
+    if command.peak_tflops is not None:
+        require_positive("peak_tflops", command.peak_tflops)
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")
     return command, preset or "default"

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# From a fresh clone to a GPT that has learnt some Python: environment, training, loss curve, sample. Needs Python 3.11 or newer.
+# From a fresh clone to a GPT that has learnt some Python: environment, training, loss curve, sample. Needs Python 3.11 to 3.13.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh viz
 
 run=runs/quickstart
-resume=()
-[ -d $run/checkpoints ] && resume=(--resume)   # run again: what is there is used again, a finished run is not repeated
-.venv/bin/nanojax train configs/tiny.py --out $run "${resume[@]}"
+resume=
+compgen -G "$run/checkpoints/[0-9]*" > /dev/null && resume=--resume   # run again: what is there is used, a finished run is not repeated
+.venv/bin/nanojax train configs/tiny.py --out $run $resume
 
 echo
 echo 'A sample, prompt "def ":'

@@ -139,7 +139,8 @@ def _walk(root: Path, suffixes: tuple[str, ...], left_out: frozenset[str]) -> tu
     found = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if name not in left_out and not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith(".")]
+        named = (Path(folder, name) for name in names if name.endswith(suffixes) and not name.startswith("."))
+        found += [file for file in named if file.is_file() or not file.exists()]  # not a pipe, which would wait for ever
     return tuple(sorted(found, key=lambda file: file.relative_to(root).parts))
 
 
@@ -195,7 +196,7 @@ def _read(file: Path, source: Source, skipped: Counter[str]) -> Iterator[str]:
             if text and not text.isspace():
                 yield text
             else:
-                skipped["empty"] += 1
+                skipped["empty documents"] += 1
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror or error}; mend or remove it") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanojax.cli import POSITIONAL, parse
-from nanojax.config import Attention, require_positive
+from nanojax.config import Attention, check_types, require_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +22,13 @@ class EvalCommand:
     """Validation tokens. Derived: as many as the run's own."""
     path: str | None = None
     """Folder of text to take instead of the run's (data.path)."""
+    glob: str | None = None
+    """Pattern of files below that folder, each a document (data.glob)."""
     attn_impl: Attention = "auto"
     """Attention backend."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.eval_tokens is not None:
             require_positive("eval_tokens", self.eval_tokens)
 
@@ -41,7 +44,9 @@ def main(argv: Sequence[str]) -> None:
     config, _ = folder.read()
     folder.require_checkpoint()
     folder.tokenizer()
-    data = dataclasses.replace(config.data, tokenizer=str(folder.path / "tokenizer.json"), path=command.path or config.data.path)
+    data = dataclasses.replace(config.data, tokenizer=str(folder.path / "tokenizer.json"))
+    if command.path is not None or command.glob is not None:
+        data = dataclasses.replace(data, path=command.path or data.path, glob=command.glob)
     train = dataclasses.replace(
         config.train, mesh="", micro_batch=None, attn_impl=command.attn_impl, eval_tokens=command.eval_tokens or config.train.eval_tokens
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import io
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Annotated
 
 from nanojax.cli import POSITIONAL, parse
+from nanojax.config import check_types
 from nanojax.errors import UserError
+from nanojax.tokenizer import clean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +34,9 @@ class SampleCommand:
     """Seed of the sampling."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature={self.temperature} must be at least 0; try 0.8")
+        check_types(self)
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:  # what float32 logits bear
+            raise UserError(f"temperature={self.temperature} must be 0 or from 0.01 to 100; try 0.8")
         for name in ("tokens", "top_k", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 0")
@@ -50,7 +53,9 @@ def main(argv: Sequence[str]) -> None:
     folder.read()
     folder.require_checkpoint()
     tokenizer = folder.tokenizer()
-    sys.stdout.write(command.prompt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
+    sys.stdout.write(clean(command.prompt))
     for text in utf8_stream(tokenizer.decode_bytes([token]) for token in generate(folder, command)):
         sys.stdout.write(text)
         sys.stdout.flush()

@@ -87,7 +87,7 @@ def test_with_a_pattern_every_text_file_is_a_document(tmp_path):
     data = DataConfig(path=str(tmp_path), glob="**/*.txt")
     skipped = Counter()
     assert [text for _, text in corpus.labelled(data, corpus.find(data), skipped)] == ["first", "second\r\n"]
-    assert skipped == {"not UTF-8": 1, "binary": 1, "empty": 1}
+    assert skipped == {"not UTF-8": 1, "binary": 1, "empty documents": 1}
 
 
 def test_links_that_leave_the_folder_are_not_followed(tmp_path):
@@ -186,10 +186,10 @@ def test_every_wrong_folder_is_told_apart_with_a_remedy(tmp_path):
     assert "--data.glob '**/*.txt'" in refusal(path=str(tmp_path))
     assert "matches no file" in refusal(path=str(tmp_path), glob="*.py")
     for bad in ("", "/etc/*", "**.txt"):
-        assert "pattern" in refusal(path=str(tmp_path), glob=bad)
+        assert ("pattern" if bad else "glob must not be empty") in refusal(path=str(tmp_path), glob=bad)
     assert "1 documents to train on and 0 to validate on" in refusal(path=str(tmp_path), glob="*.txt")
     write_jsonl(tmp_path / "rows.jsonl", ["", " "])
-    assert "left out: 2 empty" in refusal(path=str(tmp_path))
+    assert "left out: 2 empty documents" in refusal(path=str(tmp_path))
 
 
 def test_the_fingerprint_changes_with_names_sizes_and_times_and_only_with_them(tmp_path):

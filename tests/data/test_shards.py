@@ -275,7 +275,7 @@ def test_left_out_documents_are_counted_in_the_log(data):
         file.write('{"text": " "}\n' * 3)
     lines: list[str] = []
     prepare(data, 300, lines.append)
-    assert "left out: 3 empty" in lines
+    assert "left out: 3 empty documents" in lines
 
 
 def test_a_named_encoding_is_used_as_it_is(data, monkeypatch):
