@@ -156,6 +156,14 @@ class RunFolder:
                 f"--resume needs the run's own config, changed are {', '.join(changed)}; drop those flags or give another --out"
             )
 
+    def check_checkpoint(self, saved: dict[str, Any], data: Prepared) -> None:
+        """Refuse a checkpoint that another run left in this folder: `saved` is its meta."""
+        if saved["tokenizer_sha256"] != data.tokenizer.sha256:
+            raise UserError(
+                f"the newest checkpoint in {self.checkpoints} has the tokenizer {saved['tokenizer_sha256'][:12]}, and the run has "
+                f"{data.tokenizer.sha256[:12]}; move that checkpoint away"
+            )
+
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}."""

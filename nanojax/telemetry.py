@@ -200,7 +200,7 @@ class ProfileWindow:
             self._open = True
 
     def after(self, step: int, outputs: Any) -> None:
-        if step == self.last or step < 0:
+        if step == self.last:
             self.close(outputs)
 
     def close(self, outputs: Any = None) -> None:

@@ -57,15 +57,14 @@ def main(argv: Sequence[str]) -> None:
     with folder.open_for_training(command.resume):
         data = prepare(command.config.data, command.config.model.vocab_size, print)
         config = resolve(command.config, data.tokenizer.n_vocab)
-        if command.profile is not None and parse_window(command.profile)[0] > config.steps:
-            raise UserError(
-                f"--profile {command.profile} begins after the last step, {config.steps}; try --profile 1:{min(3, config.steps)}"
-            )
         if command.resume:
             folder.check_resume(config, data)
             if folder.finished(config):
                 print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
                 return
+        first = folder.steps[-1] + 1 if command.resume else 1
+        if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
+            raise UserError(f"--profile must begin at one of the steps {first} to {config.steps} of this run, given {command.profile}")
         train(config, command, folder, data, started)
 
 
@@ -126,6 +125,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     with jax.set_mesh(program.mesh), out_of_memory_told(), Interrupts() as interrupts:
         if command.resume:
             state, saved = checkpoints.restore(program.shapes, program.shardings)
+            folder.check_checkpoint(saved, data)
             loader.set_state(saved["data"])
         else:
             state, saved = program.init(jax.random.key(config.train.seed)), {}

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from training import Run, config, data, presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax import train as train_module
 from nanojax.checkpoint import Checkpoints
@@ -30,11 +27,7 @@ from nanojax.data.shards import prepare
 from nanojax.errors import Interrupted, UserError, run_main
 from nanojax.evals import bpb
 from nanojax.evals.command import main as eval_main
-from nanojax.infer.sample import SampleCommand, generate
-from nanojax.infer.sample import main as sample_main
 from nanojax.loop import Interrupts
-from nanojax.model import merge
-from nanojax.program import make_program
 from nanojax.runs import RunFolder
 from nanojax.sizes import count_parameters, flops_per_token, resolve
 
@@ -46,109 +39,6 @@ PROMISED = set(
         "first_step_s, attention, precision, mesh, state_sha256",
     )
 )
-TIMING = {"seconds", "tokens_per_second"}  # of a record, what two equal runs need not share
-PRESET = '''"""A run of seconds, for tests."""
-
-from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nanochat
-
-sizes = dict(depth=2, d_model=64, head_dim=16, d_ffn=128, seq_len=64, vocab_size=512)
-config = Config(
-    model={model}(**sizes),
-    train=TrainConfig(steps=40, batch_tokens=512, micro_batch=4, eval_every=20, eval_tokens=1024, save_every=10, loss_blocks=2),
-    optim=OptimConfig(warmup_steps=5, reference_batch=None),
-    data=DataConfig(path={path!r}, cache={cache!r}, packing="concat", val_fraction=0.1),
-)
-'''
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run that ended, and what went into its steps."""
-
-    folder: RunFolder
-    batches: list[str]
-    """Hashes of the inputs and targets of each step, in the order in which the run took them."""
-
-    @property
-    def summary(self) -> dict:
-        return json.loads((self.folder.path / "summary.json").read_text())
-
-    @property
-    def records(self) -> list[dict]:
-        """metrics.jsonl without what depends on the clock."""
-        lines = self.folder.metrics.read_text().splitlines()
-        return [{name: value for name, value in json.loads(line).items() if name not in TIMING} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def presets(tmp_path_factory, cache_dir) -> dict[str, str]:
-    """Paths of the presets 'modern' and 'nanochat' over one corpus: four documents longer than any step, and many short ones."""
-    folder = tmp_path_factory.mktemp("train")
-    rng = random.Random(7)
-    syllables = ["ba", "ko", "ri", "tun", "mel", "sa", "vo", "di", "qua", "ne", "pil", "zor"]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(200)]
-    frequency = [1 / (rank + 1) for rank in range(200)]  # Zipf: there is something to learn
-    (folder / "corpus").mkdir()
-    with open(folder / "corpus/a.jsonl", "w") as file:
-        for n in range(60):
-            length = 3000 if n % 15 == 1 else rng.randint(20, 300)
-            file.write(json.dumps({"text": " ".join(rng.choices(words, frequency, k=length)) + "."}) + "\n")
-    made = {}
-    for name, model in (("modern", "ModelConfig"), ("nanochat", "nanochat")):
-        made[name] = str(folder / f"{name}.py")
-        text = PRESET.replace("{model}", model).replace("{path!r}", repr(str(folder / "corpus"))).replace("{cache!r}", repr(str(cache_dir)))
-        Path(made[name]).write_text(text)
-    return made
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory):
-    """start(preset, *flags, out=None, expect=None, at=None): `nanojax train` in this process, which saves the start of another.
-
-    `at` is (step, what to call as that step takes its batch).
-    """
-
-    def begin(preset: str | None, *flags: str, out: Path | None = None, expect=None, at=None) -> Run:
-        folder = out or tmp_path_factory.mktemp("run") / "run"
-        taken: list[str] = []
-        original = Loader.__next__
-
-        def spy(self):
-            if at and self.get_state()["next_step"] == at[0]:
-                at[1]()
-            batch = original(self)
-            taken.append(hashlib.sha256(np.asarray(batch.inputs).tobytes() + np.asarray(batch.targets).tobytes()).hexdigest())
-            return batch
-
-        argv = [*([preset] if preset else []), "--out", str(folder), *flags]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Loader, "__next__", spy)
-            if expect is None:
-                train_module.main(argv)
-            else:
-                with pytest.raises(expect):
-                    train_module.main(argv)
-        return Run(RunFolder(folder), taken)
-
-    return begin
-
-
-@pytest.fixture(scope="module")
-def straight(presets, start) -> Run:
-    """The undisturbed run that the others are compared with."""
-    return start(presets["modern"])
-
-
-@pytest.fixture(scope="module")
-def config(straight) -> Config:
-    """Resolved, as saved."""
-    return straight.folder.read()[0]
-
-
-@pytest.fixture(scope="module")
-def data(presets):
-    config = load_preset(presets["modern"])
-    return prepare(config.data, config.model.vocab_size, lambda _: None)
 
 
 # Stopped and continued ----------------------------------------------------------------------------------------------------------------
@@ -361,52 +251,6 @@ def test_the_folder_of_a_run_is_complete(straight):
     assert sorted(int(child.name) for child in straight.folder.checkpoints.iterdir()) == [30, 40]  # the newest two
 
 
-def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
-    eval_main([str(straight.folder.path)])
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith(f"step {STEPS}: {straight.summary['val_bpb']:.6f} bits per byte, ")
-    assert f" {straight.summary['val_tokens']:,} tokens" in said
-
-
-def sample(straight, capsys, *flags) -> str:
-    sample_main([str(straight.folder.path), "--prompt", "ba ko", "--tokens", "30", *flags])
-    return capsys.readouterr().out
-
-
-def test_a_sample_begins_with_its_prompt_and_follows_its_seed(straight, capsys):
-    one, again, other = (sample(straight, capsys, "--seed", seed) for seed in ("3", "3", "4"))
-    assert one.startswith("ba ko")
-    assert len(one) > len("ba ko\n")
-    assert one == again
-    assert one != other
-
-
-def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(straight, config):
-    """Also beyond the model's window, where the model sees the last 64 tokens."""
-    command = SampleCommand(run="", prompt="ba ko", tokens=80, temperature=0.0, seed=1)
-    tokenizer = straight.folder.tokenizer()
-    added = list(generate(straight.folder, command))
-    ids = [tokenizer.bos, *tokenizer.encode("ba ko"), *added]
-    assert len(ids) > 66, "the text must leave the window"
-    program = make_program(config, jax.devices()[:1])
-    checkpoints = Checkpoints(straight.folder.checkpoints)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
-    checkpoints.close()
-    with jax.set_mesh(program.mesh):
-        model = merge(program.graph, program.prepare(params))
-        windows = np.array([ids[:64], *(ids[n : n + 64] for n in range(1, len(ids) - 63))], np.int32)
-        logits = np.asarray(model(jnp.asarray(windows)))[..., : tokenizer.n_vocab]
-    first = len(ids) - len(added)
-    inside = logits[0, first - 1 :].argmax(-1).tolist()
-    outside = logits[1:, -1].argmax(-1).tolist()
-    expected = inside + outside
-    assert expected[: len(added)] == added
-
-
-def test_a_top_k_of_one_is_the_likeliest_token_too(straight, capsys):
-    assert sample(straight, capsys, "--top-k", "1", "--seed", "5") == sample(straight, capsys, "--temperature", "0")
-
-
 @pytest.fixture(scope="module")
 def ablation(presets, start) -> Run:
     """The nanochat preset for 20 steps, traced and recorded for TensorBoard."""
@@ -461,3 +305,20 @@ def test_the_config_is_printed_and_nothing_runs(presets, tmp_path, capsys):
     assert "model.rope_base = 5000.0\n" in said
     assert "train.steps = 40\n" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_tokenizer_and_a_window_that_is_past_are_refused(presets, start, tmp_path):
+    out = tmp_path / "run"
+    start(presets["modern"], "--stop-after", "3", out=out, expect=Interrupted)
+    with pytest.raises(UserError, match="--profile must begin at one of the steps 4 to 40"):
+        train_module.main([presets["modern"], "--out", str(out), "--resume", "--profile", "2:3"])
+    data = prepare(load_preset(presets["modern"]).data, 512, lambda _: None)
+    with pytest.raises(UserError, match=r"newest checkpoint .* has the tokenizer other"):
+        RunFolder(out).check_checkpoint({"tokenizer_sha256": "other"}, data)
+
+
+def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
+    eval_main([str(straight.folder.path)])
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"step {STEPS}: {straight.summary['val_bpb']:.6f} bits per byte, ")
+    assert f" {straight.summary['val_tokens']:,} tokens" in said
