@@ -10,7 +10,8 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanojax.config import MESH_AXES, ModelConfig, nearest_divisor
+from nanojax.checks import MESH_AXES, nearest_divisor
+from nanojax.config import ModelConfig
 from nanojax.errors import UserError
 
 # Logical axis -> mesh axis. A parameter's axes are named where it is made, in model.py.

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from nanojax import mesh as meshes
-from nanojax.config import Config, parse_mesh
+from nanojax.checks import parse_mesh
+from nanojax.config import Config
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
 from nanojax.ops.attention import BACKENDS, resolve

@@ -6,7 +6,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from nanojax.config import VOCAB_MULTIPLE, Config, ModelConfig, nearest_divisor, round_up
+from nanojax.checks import nearest_divisor, round_up
+from nanojax.config import VOCAB_MULTIPLE, Config, ModelConfig
 from nanojax.errors import UserError
 
 MICRO_BATCH_TOKENS = 2**16

@@ -15,7 +15,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from nanojax.config import Config, parse_window
+from nanojax.checks import parse_window
+from nanojax.config import Config
 from nanojax.errors import StorageError, UserError
 from nanojax.sizes import count_parameters, flops_per_token, state_bytes, step_bytes
 from nanojax.tokenizer import write_atomically

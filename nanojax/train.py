@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset
-from nanojax.config import Config, check_types, parse_window, require_positive
+from nanojax.config import Config
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import pytest
 
 from nanojax import config as module
 from nanojax.cli import load_preset
-from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nanochat, nearest_divisor, parse_mesh, round_up
+from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, nanochat
 from nanojax.errors import UserError
 from nanojax.sizes import resolve
 
@@ -152,16 +152,6 @@ def test_bad_values_are_refused_in_one_line_with_rule_value_and_remedy(make, wor
 def test_a_choice_that_there_is_not_is_refused_wherever_it_is_made(saved):
     with pytest.raises(UserError):
         Config.from_dict(saved)
-
-
-def test_a_mesh_is_read_by_axis():
-    assert parse_mesh("") == {}
-    assert parse_mesh("data=2, tensor = 4") == {"data": 2, "tensor": 4}
-
-
-def test_round_up_and_nearest_divisor_by_hand():
-    assert [round_up(x, 256) for x in (1, 256, 256.1, 2048.0)] == [256, 256, 512, 2048]
-    assert [nearest_divisor(12, k) for k in (1, 5, 7, 12, 100)] == [1, 4, 6, 12, 12]
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

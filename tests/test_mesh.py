@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nanojax.config import MESH_AXES, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from nanojax.checks import MESH_AXES
+from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import UserError
 from nanojax.mesh import BATCH_AXES, RULES, batch_sharding, check_divisible, make_mesh, moment_shardings, parameter_shardings, place
 

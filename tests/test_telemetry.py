@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from nanojax import loop, telemetry
-from nanojax.config import Config, ModelConfig, TrainConfig, parse_window
+from nanojax.checks import parse_window
+from nanojax.config import Config, ModelConfig, TrainConfig
 from nanojax.errors import NonFiniteError, StorageError, UserError
 from nanojax.loop import WARMUP_STEPS, Meter, due
 from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, draw_loss, duration, header, peak_flops

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from nanojax.checks import check_types, require_positive
 from nanojax.cli import POSITIONAL, parse
-from nanojax.config import Attention, check_types, require_positive
+from nanojax.config import Attention
 
 
 @dataclass(frozen=True, kw_only=True)

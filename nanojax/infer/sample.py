@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from nanojax.checks import check_types
 from nanojax.cli import POSITIONAL, parse
-from nanojax.config import check_types
 from nanojax.errors import UserError
 from nanojax.tokenizer import clean
 
