@@ -23,6 +23,11 @@ def nearest_divisor(n: int, k: int) -> int:
     return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - k), d))
 
 
+def nearest_multiple(x: int, n: int) -> int:
+    """The multiple of n nearest to x, and at least n."""
+    return max(n, round(x / n) * n)
+
+
 def check_types(config: Any) -> None:
     """Raise UserError where a field does not hold what its annotation says: presets and saved configs get no parser's check."""
     for name, hint in get_type_hints(type(config)).items():

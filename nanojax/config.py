@@ -12,12 +12,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nanojax.checks import check_types, nearest_divisor, parse_mesh, require_positive, require_share, round_up
+from nanojax.checks import check_types, nearest_divisor, nearest_multiple, parse_mesh, require_positive, require_share, round_up
 from nanojax.errors import UserError
+from nanojax.formats import FORMATS
 
 Attention = Literal["auto", "cudnn", "xla", "reference"]
 ComputeDtype = Literal["auto", "fp32", "bf16"]
-Precision = Literal["auto", "fp32", "bf16"]
+Precision = Literal["auto", "fp32", "bf16", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
+Recipe = Literal["weights", "full"]
 Packing = Literal["best_fit", "concat"]
 
 MAX_DEPTH, MAX_WIDTH = 1024, 2**17  # far beyond any model here; what is larger is a slip of the hand
@@ -205,7 +207,22 @@ class TrainConfig:
     compute_dtype: ComputeDtype = "auto"
     """Type of activations. auto: bf16 on GPUs, fp32 elsewhere."""
     precision: Precision = "auto"
-    """Format that the matrices of the blocks are rounded to once a step. auto: that of compute_dtype."""
+    """Format that the matrices of the blocks are rounded to once a step; their gradients pass straight through. auto: that of
+    compute_dtype. int4, nvfp4 (blocks of 16), nvfp4_2d (of 16 x 16) and mxfp4 are 4-bit."""
+    int4_group: Literal[64, 128, 256] = 128
+    """Weights that share a scale in int4."""
+    fp4_head: bool = False
+    """Round the output head to 4 bits too."""
+    fp4_skip_first: int = 0
+    """First blocks that a 4-bit precision leaves as they are."""
+    fp4_skip_last: int | None = None
+    """Last blocks that it leaves. Derived: none; with the full recipe 15 % of them."""
+    fp4_until: float = 1.0
+    """Share of the steps after which a 4-bit run goes on in the type of its activations."""
+    fp4_recipe: Recipe = "weights"
+    """full: NVIDIA's NVFP4 pretraining recipe, emulated on any device: activations and gradients in 4 bits too. For research, slower."""
+    init_from: str | None = None
+    """Folder of a run whose weights, and nothing else, this one starts from."""
     attn_impl: Attention = "auto"
     """Attention backend. auto takes the fastest that can serve and says why."""
     mesh: str = ""
@@ -237,6 +254,20 @@ class TrainConfig:
         if self.compute_dtype == "bf16" and self.precision == "fp32":
             raise UserError("precision=fp32 needs fp32 activations, given compute_dtype=bf16; drop one of the two")
         parse_mesh(self.mesh)
+        check_four_bit(self)
+
+    @property
+    def four_bit(self) -> str | None:
+        """The 4-bit format of the block matrices, if that is what they are rounded to."""
+        if self.fp4_recipe == "full":
+            return "nvfp4_2d"
+        return self.precision if self.precision in FORMATS else None
+
+    @property
+    def fp4_block(self) -> int:
+        """Weights along the contraction axis that share a scale in that format."""
+        assert self.four_bit is not None, "not a 4-bit run"
+        return self.int4_group if self.four_bit == "int4" else FORMATS[self.four_bit].block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +291,8 @@ class Config:
                 f"seq_len={self.model.seq_len} must be a multiple of loss_blocks={self.train.loss_blocks}; "
                 f"try --loss-blocks {nearest_divisor(self.model.seq_len, self.train.loss_blocks)}"
             )
+        if self.train.four_bit:
+            check_blocks(self.model, self.train)
 
     @property
     def steps(self) -> int:
@@ -300,3 +333,39 @@ class Config:
         for section, values in self.to_dict().items():
             lines += [f"{section}.{name} = {value!r}" for name, value in values.items()]
         return "\n".join(lines) + "\n"
+
+
+def check_four_bit(c: TrainConfig) -> None:
+    """Raise UserError on 4-bit settings that say nothing, or too much, for the precision they go with."""
+    require_positive("fp4_skip_first", c.fp4_skip_first, zero=True)
+    require_positive("fp4_skip_last", c.fp4_skip_last or 0, zero=True)
+    if not 0 < c.fp4_until <= 1:
+        raise UserError(f"fp4_until={c.fp4_until} must be above 0 and at most 1, the whole run; try 0.82")
+    if c.fp4_recipe == "full" and c.precision not in ("auto", "nvfp4_2d"):
+        raise UserError(f"fp4_recipe=full has weights in nvfp4_2d, given precision={c.precision}; drop --precision")
+    if c.precision != "int4" and c.int4_group != FORMATS["int4"].block:
+        raise UserError(f"int4_group={c.int4_group} needs precision=int4, given {c.precision}; the other formats' blocks are fixed")
+    for name in ("fp4_head", "fp4_skip_first", "fp4_skip_last"):
+        if c.four_bit is None and getattr(c, name):
+            raise UserError(f"{name} needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}")
+    if c.four_bit is None and c.fp4_until < 1:
+        raise UserError(f"fp4_until needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}")
+
+
+def check_blocks(model: ModelConfig, c: TrainConfig) -> None:
+    """Raise UserError where the blocks of a 4-bit format do not divide the matrices that are rounded to it, or none is left."""
+    first, last = c.fp4_skip_first, c.fp4_skip_last or 0
+    if first + last >= model.depth and not c.fp4_head:
+        raise UserError(f"fp4_skip_first={first} and fp4_skip_last={last} leave none of {model.depth} blocks in 4 bits; skip fewer")
+    name, block = c.four_bit or "", c.fp4_block
+    across = FORMATS[name].across
+    for what, size, n, remedy in (
+        ("d_model", model.width, block, f"--d-model {nearest_multiple(model.width, math.lcm(block, model.head_dim))}"),
+        ("d_ffn", model.hidden, block, f"--d-ffn {nearest_multiple(model.hidden, block)}"),
+        ("n_kv_head * head_dim", model.kv_heads * model.head_dim, across, f"--head-dim {nearest_multiple(model.head_dim, across)}"),
+        ("seq_len", model.seq_len, block if c.fp4_recipe == "full" else 1, f"--seq-len {nearest_multiple(model.seq_len, block)}"),
+    ):
+        if size % n:
+            groups = [str(g) for g in (64, 128, 256) if name == "int4" and size % g == 0]
+            also = f", or --int4-group {groups[-1]}" if groups else ""
+            raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")

@@ -172,6 +172,7 @@ class Loop:
     profile: ProfileWindow
     checkpoints: Checkpoints
     evaluate: Callable[[dict[str, jax.Array]], Validation]
+    """Of prepared weights."""
     tokenizer_sha256: str
     stop_after: int | None
     initial: float | None = None
@@ -214,7 +215,7 @@ class Loop:
             "peak_memory_bytes": peak_memory_bytes(jax.local_devices()),
             "first_step_s": first_step_s,
             "attention": self.program.attention,
-            "precision": self.program.precision,
+            "precision": self.program.phase(config.steps).precision,
             "mesh": dict(self.program.mesh.shape),
             "skipped": int(state.skipped),
             "state_sha256": state_sha256(state, self.loader.get_state()),
@@ -230,7 +231,7 @@ class Loop:
             if interrupts.name or done < number - 1 == self.stop_after:  # not where a resumed run begins
                 self.leave(state, number - 1, interrupts.name)
             self.profile.before(number)
-            state, metrics = self.program.train_step(state, next(self.loader))
+            state, metrics = self.program.phase(number).train_step(state, next(self.loader))
             if wait_each or first_step_s is None:
                 jax.block_until_ready(metrics)
                 first_step_s = first_step_s or time.perf_counter() - started
@@ -253,7 +254,7 @@ class Loop:
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""
         self.meter.pause()
-        result = self.evaluate(state.params)
+        result = self.evaluate(self.program.phase(number).prepare(state.params))
         self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
         self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
         return result

@@ -6,7 +6,7 @@ Letters: B batch, T tokens, D model, F feed-forward, N query heads, K key and va
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -41,10 +41,11 @@ class Linear(nnx.Module):
 
     def __init__(self, shape: tuple[int, int], axes: tuple[str, str], *, dot: Dot, name: str, key: Array, init=scaled_normal):
         self.w = nnx.Param(init(key, shape), out_sharding=axes)
+        self.key: nnx.Variable | None = nnx.data(None)
         self.dot = functools.partial(dot, name=name)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return self.dot(x, self.w[...])
+        return self.dot(x, self.w[...], key=None if self.key is None else jax.random.wrap_key_data(self.key[...]))
 
 
 class RMSNorm(nnx.Module):
@@ -227,6 +228,13 @@ def merge(graph: nnx.GraphDef, params: dict[str, Array]) -> GPT:
     """The model with these parameters; the inverse of `split` and `parameters`."""
     flat = ((tuple(int(part) if part.isdigit() else part for part in name.split(".")), nnx.Param(leaf)) for name, leaf in params.items())
     return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def give_keys(model: GPT, key: Array, names: Collection[str]) -> None:
+    """Let the products with these parameters draw, each from a part of `key` of its own."""
+    for i, (path, module) in enumerate(nnx.iter_modules(model) if names else ()):
+        if isinstance(module, Linear) and name_of((*path, "w")) in names:
+            module.key = nnx.Variable(jax.random.key_data(jax.random.fold_in(key, i)))
 
 
 def name_of(path: Sequence[Any]) -> str:

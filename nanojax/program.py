@@ -21,9 +21,12 @@ from nanojax.config import Config
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
 from nanojax.ops.attention import BACKENDS, resolve
+from nanojax.ops.dot import dot
+from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.optim import optimizer, schedule
+from nanojax.precision import Rounding, prepare_weights
 from nanojax.sizes import micro_batch
-from nanojax.step import TrainState, eval_step, microbatch_nats, prepare_weights, train_step
+from nanojax.step import TrainState, eval_step, microbatch_nats, train_step
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 # XLA flags by platform, given to jax.jit, so that no environment variable can be forgotten.
@@ -46,7 +49,7 @@ class Site:
     compute: str
     """Format of the activations."""
     precision: str
-    """Format that the matrices of the blocks are rounded to."""
+    """Format that the matrices of the blocks are rounded to, up to config.train.fp4_until."""
     rows: int
     """Rows of a microbatch on all devices together, B."""
     accumulation: int
@@ -58,15 +61,30 @@ class Site:
         return self.mesh.devices.flat[0].platform
 
     @property
+    def rounding(self) -> Rounding:
+        """The format, and the weights that are in it."""
+        return Rounding.of(self.config, self.precision)
+
+    @property
     def facts(self) -> dict[str, str]:
         """Lines for the header."""
         return {
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind} ({self.platform})",
             "mesh": ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
             "attention": f"{self.attention} ({self.why})",
-            "precision": f"activations {self.compute}, block matrices {self.precision}, master weights fp32",
+            "precision": f"activations {self.compute}, block matrices {self.rounding.describe(self.config)}, master weights fp32",
             "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of a run in one precision."""
+
+    precision: str
+    prepare: Callable[[dict[str, Array]], dict[str, Array]]
+    """Master weights -> those that products read."""
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +95,16 @@ class Program(Site):
     """ShapeDtypeStructs."""
     shardings: TrainState
     init: Callable[[Array], TrainState]
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    phases: tuple[Phase, ...]
+    """One, or two where the run leaves 4 bits before its end."""
     eval_step: Callable[[dict[str, Array], Any, Array], dict[str, Array]]
+    """Of weights that a phase prepared."""
     graph: nnx.GraphDef
     """With `model.merge` and prepared weights, the model."""
-    prepare: Callable[[dict[str, Array]], dict[str, Array]]
+
+    def phase(self, step: int) -> Phase:
+        """The phase that step number `step` runs in, and that the model it leaves is evaluated in; 0 is before the first."""
+        return self.phases[-1 if step > round(self.config.train.fp4_until * self.config.steps) else 0]
 
     @property
     def parameters(self) -> int:
@@ -138,7 +161,8 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
 
     def build(key: Array) -> GPT:
-        return GPT(config.model, attention=BACKENDS[site.attention], key=key, compute_dtype=dtype, remat=train.remat)
+        product = full_recipe_dot if train.fp4_recipe == "full" else dot
+        return GPT(config.model, attention=BACKENDS[site.attention], key=key, compute_dtype=dtype, dot=product, remat=train.remat)
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
@@ -156,21 +180,30 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
 
-    prepare = functools.partial(prepare_weights, precision=DTYPES[site.precision], dtype=dtype)
     head = dict(blocks=train.loss_blocks, packed=config.data.mask_documents)
-    loss = functools.partial(microbatch_nats, graph, **head)
-    step = functools.partial(train_step, tx=tx, lr=schedule(config.optim, config.steps), prepare=prepare, loss=loss, shardings=by_name)
-    evaluate = functools.partial(eval_step, graph, prepare=prepare, **head)
     jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(site.platform) or None)
+
+    def make_phase(rounding: Rounding) -> Phase:
+        prepare = functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
+        noisy = rounding.names(by_name) if rounding.format == train.four_bit and train.fp4_recipe == "full" else ()
+        loss = functools.partial(microbatch_nats, graph, noisy=frozenset(noisy), **head)
+        rate = schedule(config.optim, config.steps)
+        step = functools.partial(train_step, tx=tx, lr=rate, prepare=prepare, loss=loss, shardings=by_name)
+        return Phase(
+            rounding.format,
+            prepare=jax.jit(prepare, in_shardings=(by_name,), out_shardings=by_name),
+            train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
+        )
+
+    roundings = [site.rounding] + ([Rounding(site.compute)] if train.fp4_until < 1 else [])
     return Program(
         **vars(site),
         shapes=shapes,
         shardings=shardings,
         graph=graph,
-        prepare=prepare,
         init=jax.jit(init, out_shardings=shardings),
-        train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
-        eval_step=jit(evaluate, in_shardings=(by_name, batch, one), out_shardings=one),
+        phases=tuple(map(make_phase, roundings)),
+        eval_step=jit(functools.partial(eval_step, graph, **head), in_shardings=(by_name, batch, one), out_shardings=one),
     )
 
 
@@ -178,7 +211,7 @@ def formats(config: Config, platform: str) -> tuple[str, str]:
     """(format of activations, format that block matrices are rounded to), as configured or by the device."""
     train = config.train
     compute = ("bf16" if platform == "gpu" else "fp32") if train.compute_dtype == "auto" else train.compute_dtype
-    precision = compute if train.precision == "auto" else train.precision
+    precision = train.four_bit or (compute if train.precision == "auto" else train.precision)
     if (compute, precision) == ("bf16", "fp32"):
         raise UserError(f"precision=fp32 needs fp32 activations, and on a {platform} they are bf16; add --compute-dtype fp32")
     return compute, precision

@@ -13,6 +13,7 @@ from typing import IO, Any
 from nanojax.config import Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import UserError
+from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer, write_atomically
 
 # Fields that may change between a run and its continuation: none of them moves the weights beyond rounding.
@@ -22,6 +23,12 @@ FREE_ON_RESUME = frozenset(
         "train.loss_blocks", "train.mesh", "train.micro_batch", "train.remat", "train.save_every",
     }
 )  # fmt: skip
+
+PRECISION = frozenset(
+    f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
+)
+# Fields that decide which parameters there are.
+SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_ffn", "norm", "qk_norm")
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,6 @@ class RunFolder:
         data.tokenizer.save(self.path / "tokenizer.json")
         record = {"config": config.to_dict(), "tokenizer_sha256": data.tokenizer.sha256, "text_sha256": data.train.text_sha256}
         self.write_json("config.json", record)
-        self.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
 
     def finished(self, config: Config) -> bool:
         """Whether the newest checkpoint is of the last step and the summary is written."""
@@ -136,24 +142,40 @@ class RunFolder:
             )
         return tokenizer
 
-    def check_resume(self, config: Config, data: Prepared) -> None:
-        """Refuse to resume with another tokenizer, other text, or a config that would not give the same run."""
+    def check_resume(self, config: Config, data: Prepared, allow: str | None = None) -> None:
+        """Refuse to resume with another tokenizer, other text, or a config that would not give the same run, what is allowed aside."""
         saved, record = self.read()
-        if record["tokenizer_sha256"] != data.tokenizer.sha256:
-            raise UserError(
-                f"the run in {self.path} has the tokenizer {record['tokenizer_sha256'][:12]}, and this one is "
-                f"{data.tokenizer.sha256[:12]}; add --tokenizer {self.path / 'tokenizer.json'}"
-            )
+        self._check_tokenizer(record, data)
         if record["text_sha256"] != data.train.text_sha256:
             raise UserError(
                 f"the run in {self.path} trains on the tokens {record['text_sha256'][:12]}, and the text there now gives "
                 f"{data.train.text_sha256[:12]}; put the text back, or give another --out"
             )
-        old, new = flatten(saved.to_dict()), flatten(config.to_dict())
-        changed = [f"{key} {old[key]} -> {new[key]}" for key in new if key not in FREE_ON_RESUME and listed(old[key]) != listed(new[key])]
+        # A config that was saved before a field came has it filled in as it is now.
+        old, new = flatten(resolve(saved, saved.model.vocab_size).to_dict()), flatten(config.to_dict())
+        free = FREE_ON_RESUME | (PRECISION if allow == "precision" else frozenset())
+        changed = [key for key in new if key not in free and listed(old[key]) != listed(new[key])]
         if changed:
+            words = ", ".join(f"{key} {old[key]} -> {new[key]}" for key in changed)
+            remedy = "add --allow precision" if PRECISION.issuperset(changed) else "drop those flags or give another --out"
+            raise UserError(f"--resume needs the run's own config, changed are {words}; {remedy}")
+
+    def check_weights_for(self, config: Config, data: Prepared) -> None:
+        """Refuse to start a run of that config from this one's weights when they do not fit, or mean other tokens."""
+        saved, record = self.read()
+        self.require_checkpoint()
+        self._check_tokenizer(record, data)
+        for name in SHAPES:
+            own, wanted = getattr(saved.model, name), getattr(config.model, name)
+            if own != wanted:
+                flag = name.replace("_", "-")
+                raise UserError(f"--init-from {self.path} has {name}={own}, and this run has {wanted}; give --{flag} {own}")
+
+    def _check_tokenizer(self, record: dict[str, str], data: Prepared) -> None:
+        if record["tokenizer_sha256"] != data.tokenizer.sha256:
             raise UserError(
-                f"--resume needs the run's own config, changed are {', '.join(changed)}; drop those flags or give another --out"
+                f"the run in {self.path} has the tokenizer {record['tokenizer_sha256'][:12]}, and this one is "
+                f"{data.tokenizer.sha256[:12]}; add --tokenizer {self.path / 'tokenizer.json'}"
             )
 
     def check_checkpoint(self, saved: dict[str, Any], data: Prepared) -> None:

@@ -12,6 +12,7 @@ from nanojax.errors import UserError
 
 MICRO_BATCH_TOKENS = 2**16
 MICRO_BATCH_ROWS = 32
+FULL_RECIPE_SKIPS = 0.15  # of the blocks, the last ones: NVIDIA 2025, arXiv:2509.25149, section 4.1
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,10 @@ def resolve(config: Config, vocab_size: int) -> Config:
         reference = count_parameters(dataclasses.replace(model, depth=12, d_model=None, n_kv_head=None, d_ffn=None, head_dim=128)).scaling
         batch = round_up(2 ** round(math.log2(2**19 * (scaling / reference) ** 0.383)), model.seq_len)
     steps = train.steps or max(1, round(train.tokens_per_param * scaling / batch))
-    return dataclasses.replace(config, model=model, train=dataclasses.replace(train, batch_tokens=batch, steps=steps))
+    last = train.fp4_skip_last
+    if last is None:
+        last = min(model.depth - 1, math.ceil(FULL_RECIPE_SKIPS * model.depth)) if train.fp4_recipe == "full" else 0
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(train, batch_tokens=batch, steps=steps, fp4_skip_last=last))
 
 
 def micro_batch(config: Config, replicas: int) -> int:

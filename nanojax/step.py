@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -12,9 +12,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array
 
-from nanojax.model import merge
+from nanojax.model import give_keys, merge
 from nanojax.ops.xent import IGNORED, token_nats, total_nats
-from nanojax.optim import label
 
 
 @jax.tree_util.register_dataclass
@@ -31,26 +30,12 @@ class TrainState:
     moments: Any
 
 
-def prepare_weights(params: dict[str, Array], *, precision: jnp.dtype, dtype: jnp.dtype) -> dict[str, Array]:
-    """The weights that products read, cast once a step, outside accumulation and rematerialisation.
-
-    Matrices of the blocks are rounded to `precision`; they and the head are in `dtype`. Gains and the embedding stay fp32.
-    """
-    groups = label(params)
-
-    def cast(name: str, w: Array) -> Array:
-        if groups[name] == "matrix" and precision != dtype:
-            bits = jnp.finfo(precision)
-            # Not a pair of casts: under jit XLA deletes a narrowing that is followed by a widening.
-            return jax.lax.reduce_precision(w, bits.nexp, bits.nmant).astype(dtype)
-        return w.astype(dtype) if groups[name] in ("matrix", "head") else w
-
-    return {name: cast(name, w) for name, w in params.items()}
-
-
-def microbatch_nats(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, *, blocks: int, packed: bool) -> Array:
-    """Summed loss of one microbatch in nats."""
+def microbatch_nats(
+    graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, key: Array, *, blocks: int, packed: bool, noisy: Collection[str] = ()
+) -> Array:
+    """Summed loss of one microbatch in nats. The products of the weights in `noisy` draw from `key`."""
     model = merge(graph, weights)
+    give_keys(model, key, noisy)
     x_BTD = model.hidden(batch.inputs, batch.segments if packed else None)
     with jax.named_scope("loss"):
         return total_nats(x_BTD, model.head.w[...], batch.targets, model.softcap, blocks)
@@ -69,19 +54,21 @@ def train_step(
     """One step over `batch`, whose arrays are [A, B, T]; metrics are f32 scalars that stay on the device.
 
     The loss is the sum over valid targets over their count in the whole batch, so a microbatch without any changes nothing.
+    `prepare` makes the weights that `loss(weights, microbatch, key)` reads; what it rounds, gradients pass straight through.
     """
     with jax.named_scope("prepare"):
         weights = prepare(state.params)
 
     def accumulate(carry: tuple[Array, dict], micro: Any) -> tuple[tuple[Array, dict], None]:
-        nats, grads = jax.value_and_grad(loss)(weights, micro)
+        nats, grads = jax.value_and_grad(loss)(weights, *micro)
         total, sums = carry
         sums = {name: sums[name] + g.astype(jnp.float32) for name, g in grads.items()}
         return (total + nats, jax.lax.with_sharding_constraint(sums, shardings)), None
 
     zeros = {name: jnp.zeros(w.shape, jnp.float32) for name, w in state.params.items()}
     zeros = jax.lax.with_sharding_constraint(zeros, shardings)
-    (nats, grads), _ = jax.lax.scan(accumulate, (jnp.zeros((), jnp.float32), zeros), batch)
+    keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), len(batch.targets))
+    (nats, grads), _ = jax.lax.scan(accumulate, (jnp.zeros((), jnp.float32), zeros), (batch, keys))
     count = jnp.maximum(1, jnp.sum(batch.targets != IGNORED)).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
@@ -96,18 +83,9 @@ def train_step(
     return state, metrics
 
 
-def eval_step(
-    graph: nnx.GraphDef,
-    params: dict[str, Array],
-    batch: Any,
-    bytes_V: Array,
-    *,
-    prepare: Callable,
-    blocks: int,
-    packed: bool,
-) -> dict[str, Array]:
+def eval_step(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, bytes_V: Array, *, blocks: int, packed: bool) -> dict[str, Array]:
     """Sums over one batch [1, B, T]: nats and bytes of the targets that have bytes, nats and count of all."""
-    model = merge(graph, prepare(params))
+    model = merge(graph, weights)
     inputs_BT, targets_BT, segments_BT = (x[0] for x in (batch.inputs, batch.targets, batch.segments))
     x_BTD = model.hidden(inputs_BT, segments_BT if packed else None)
     nats_BT = token_nats(x_BTD, model.head.w[...], targets_BT, softcap=model.softcap, blocks=blocks)

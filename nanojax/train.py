@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset
@@ -16,7 +16,9 @@ from nanojax.errors import UserError, run_main
 if TYPE_CHECKING:
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
+    from nanojax.program import Program
     from nanojax.runs import RunFolder
+    from nanojax.step import TrainState
 
 MANY_DROPPED = 0.5  # nanochat drops a third of FineWeb-Edu at T = 2048; more than half means documents longer than rows
 
@@ -29,6 +31,8 @@ class TrainCommand:
     """Folder of the run. Derived: runs/ and the name of the preset."""
     resume: bool = False
     """Go on from the newest checkpoint in the folder, as if never interrupted."""
+    allow: Literal["precision"] | None = None
+    """What --resume may change: precision, with what belongs to it (int4_group, fp4_*)."""
     stop_after: int | None = None
     """Save and exit 75 after this step; the schedule stays that of --steps."""
     profile: str | None = None
@@ -59,10 +63,12 @@ def main(argv: Sequence[str]) -> None:
         data = prepare(command.config.data, command.config.model.vocab_size, print)
         config = resolve(command.config, data.tokenizer.n_vocab)
         if command.resume:
-            folder.check_resume(config, data)
+            folder.check_resume(config, data, allow=command.allow)
             if folder.finished(config):
                 print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
                 return
+        elif config.train.init_from is not None:
+            RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = folder.steps[-1] + 1 if command.resume else 1
         if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
             raise UserError(f"--profile must begin at one of the steps {first} to {config.steps} of this run, given {command.profile}")
@@ -89,6 +95,8 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         parse_window(command.profile)
     if command.peak_tflops is not None:
         require_positive("peak_tflops", command.peak_tflops)
+    if command.allow is not None and not command.resume:
+        raise UserError(f"--allow {command.allow} is for a run that goes on; add --resume, or start from its weights with --init-from")
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")
     return command, preset or "default"
@@ -129,8 +137,9 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             folder.check_checkpoint(saved, data)
             loader.set_state(saved["data"])
         else:
-            state, saved = program.init(jax.random.key(config.train.seed)), {}
-            folder.write(config, data)
+            state, saved = start(program), {}
+            folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+        folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
         with loop:
@@ -138,6 +147,24 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def start(program: Program) -> TrainState:
+    """The state before the first step: drawn, or with the weights of the run that train.init_from names."""
+    import jax
+
+    from nanojax.checkpoint import Checkpoints
+    from nanojax.runs import RunFolder
+
+    train = program.config.train
+    state = program.init(jax.random.key(train.seed))
+    if train.init_from is None:
+        return state
+    checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints)
+    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    print(f"weights of step {checkpoints.latest} of {train.init_from}")
+    checkpoints.close()
+    return replace(state, params=params)
 
 
 def data_facts(data: Prepared, plan: Plan) -> dict[str, str]:

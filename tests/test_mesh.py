@@ -65,10 +65,10 @@ def train(mesh: str, devices) -> dict:
         state = program.init(jax.random.key(0))
         losses, caches = [], []
         for batch in batches(batch_sharding(program.mesh)):
-            state, metrics = program.train_step(state, batch)
+            state, metrics = program.phases[0].train_step(state, batch)
             losses.append(float(metrics["loss"]))  # waits: queued steps deadlock the rendezvous of virtual devices
-            caches.append(program.train_step._cache_size())
-        text = program.train_step.lower(state, batch).compile().as_text()
+            caches.append(program.phases[0].train_step._cache_size())
+        text = program.phases[0].train_step.lower(state, batch).compile().as_text()
     specs = {name: str(x.sharding.spec) for name, x in state.params.items()}
     moments = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.moments):

@@ -18,13 +18,14 @@ from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanojax.model import merge
 from nanojax.ops.xent import IGNORED
 from nanojax.optim import label, optimizer, schedule
+from nanojax.precision import Rounding, prepare_weights
 from nanojax.program import make_program
 from nanojax.sizes import resolve
-from nanojax.step import TrainState, eval_step, microbatch_nats, prepare_weights, train_step
+from nanojax.step import TrainState, eval_step, microbatch_nats, train_step
 
 T, V = 8, 64
 OPTIM = OptimConfig(warmup_steps=4, weight_decay=0.1)
-FP32 = functools.partial(prepare_weights, precision=jnp.float32, dtype=jnp.float32)
+FP32 = functools.partial(prepare_weights, rounding=Rounding("fp32"), dtype=jnp.float32)
 
 
 class Batch(NamedTuple):
@@ -69,10 +70,10 @@ def trainer(tiny_model, mesh) -> Trainer:
     def make(tx, loss):
         return jax.jit(functools.partial(train_step, tx=tx, lr=schedule(OPTIM, 10), prepare=FP32, loss=loss, shardings=shardings))
 
-    def poisonable(weights, micro):
+    def poisonable(weights, micro, key):
         gain = weights["norm.gain"][0]
         huge = jnp.where(micro.segments[0, 0] == 9, 1e30, 0.0)
-        return loss(weights, micro) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
+        return loss(weights, micro, key) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
 
     zero = jnp.zeros((), jnp.int32)
     start = TrainState(step=zero, skipped=zero, key=jax.random.key_data(jax.random.key(0)), params=params, moments=tx.init(params))
@@ -99,7 +100,7 @@ def assert_same_gradients(one: dict, other: dict) -> None:
 
 def test_products_read_the_compute_type_and_gains_and_embedding_stay_float32(tiny_model):
     _, params = tiny_model()
-    ready = prepare_weights(params, precision=jnp.bfloat16, dtype=jnp.bfloat16)
+    ready = prepare_weights(params, rounding=Rounding("bf16"), dtype=jnp.bfloat16)
     for name, group in label(params).items():
         assert ready[name].dtype == (jnp.bfloat16 if group in ("matrix", "head") else jnp.float32), name
         assert params[name].dtype == jnp.float32
@@ -107,7 +108,7 @@ def test_products_read_the_compute_type_and_gains_and_embedding_stay_float32(tin
 
 def test_bfloat16_precision_under_float32_activations_really_rounds_in_a_compiled_program(tiny_model):
     _, params = tiny_model()
-    ready = jax.jit(functools.partial(prepare_weights, precision=jnp.bfloat16, dtype=jnp.float32))(params)
+    ready = jax.jit(functools.partial(prepare_weights, rounding=Rounding("bf16"), dtype=jnp.float32))(params)
     for name, group in label(params).items():
         assert ready[name].dtype == jnp.float32
         exact = np.asarray(params[name])
@@ -121,13 +122,13 @@ def test_on_a_gpu_bfloat16_precision_under_float32_activations_really_rounds(tin
     # XLA for GPUs deletes a narrowing that is followed by a widening; XLA for CPUs leaves the pair alone, so the test above cannot tell.
     _, params = tiny_model()
     name = "blocks.0.attention.q.w"
-    ready = jax.jit(functools.partial(prepare_weights, precision=jnp.bfloat16, dtype=jnp.float32))({name: params[name]})
+    ready = jax.jit(functools.partial(prepare_weights, rounding=Rounding("bf16"), dtype=jnp.float32))({name: params[name]})
     np.testing.assert_array_equal(ready[name], np.asarray(np.asarray(params[name]).astype(jnp.bfloat16), np.float32))
 
 
 def test_the_gradient_passes_the_rounding_unchanged(tiny_model):
     _, params = tiny_model(depth=1)
-    prepare = functools.partial(prepare_weights, precision=jnp.bfloat16, dtype=jnp.float32)
+    prepare = functools.partial(prepare_weights, rounding=Rounding("bf16"), dtype=jnp.float32)
     grads = jax.jit(jax.grad(lambda p: sum(jnp.sum(3 * w) for w in prepare(p).values())))(params)
     assert all((g == 3).all() for g in grads.values())
 
@@ -228,7 +229,7 @@ def test_the_sums_of_an_evaluation_are_those_of_numpy(trainer):
     batch = batch_of(1, 3)
     bytes_V = np.random.default_rng(5).integers(0, 4, V).astype(np.int32)  # about a quarter stand for nothing, as specials do
     params = trainer.start.params
-    run = jax.jit(functools.partial(eval_step, trainer.graph, prepare=FP32, blocks=2, packed=False))
+    run = jax.jit(functools.partial(eval_step, trainer.graph, blocks=2, packed=False))
     got = {name: float(value) for name, value in run(params, batch, jnp.asarray(bytes_V)).items()}
 
     logits = np.asarray(jax.jit(lambda p: merge(trainer.graph, p)(batch.inputs[0]))(params), np.float64)
@@ -257,12 +258,12 @@ def program():
 def test_the_old_state_is_donated_and_two_steps_compile_once(program):
     with jax.set_mesh(program.mesh):
         first = program.init(jax.random.key(0))
-        second, _ = program.train_step(first, jax.device_put(batch_of(2, 2)))
-        third, _ = program.train_step(second, jax.device_put(batch_of(2, 2, seed=1)))
+        second, _ = program.phases[0].train_step(first, jax.device_put(batch_of(2, 2)))
+        third, _ = program.phases[0].train_step(second, jax.device_put(batch_of(2, 2, seed=1)))
     donated = {"params": first.params, "moments": first.moments}
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(third))
-    assert program.train_step._cache_size() == 1
+    assert program.phases[0].train_step._cache_size() == 1
     assert int(third.step) == 2
 
 

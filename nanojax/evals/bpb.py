@@ -30,11 +30,11 @@ class Validation:
     targets: int
 
 
-def evaluate(eval_step: Callable, params: dict[str, Array], batches: Iterable[Any], bytes_V: Array) -> Validation:
+def evaluate(eval_step: Callable, weights: dict[str, Array], batches: Iterable[Any], bytes_V: Array) -> Validation:
     """Run `eval_step` (step.Program's) over batches and add up in float64 on the host. Waits for each batch."""
     sums = {"nats": 0.0, "bytes": 0.0, "all_nats": 0.0, "targets": 0.0}
     for batch in batches:
-        for name, value in eval_step(params, batch, bytes_V).items():
+        for name, value in eval_step(weights, batch, bytes_V).items():
             sums[name] += float(np.asarray(value))
     return Validation(
         bpb=sums["nats"] / (math.log(2) * max(1.0, sums["bytes"])),
@@ -44,12 +44,12 @@ def evaluate(eval_step: Callable, params: dict[str, Array], batches: Iterable[An
 
 
 def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], Validation]:
-    """params -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order."""
+    """Prepared weights -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order."""
     config, mesh, n_vocab = program.config, program.mesh, data.tokenizer.n_vocab
     plan = load_or_make(data.val, seq_len=config.model.seq_len, packing=config.data.packing, seed=None)
     bytes_V = jax.device_put(bytes_table(data.tokenizer, config.model.vocab_size), replicated(mesh))
 
-    def validate(params: dict[str, Array]) -> Validation:
+    def validate(weights: dict[str, Array]) -> Validation:
         batches = validation_batches(
             data.val,
             plan,
@@ -58,7 +58,7 @@ def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], 
             sharding=batch_sharding(mesh),
             n_vocab=n_vocab,
         )
-        return evaluate(program.eval_step, params, batches, bytes_V)
+        return evaluate(program.eval_step, weights, batches, bytes_V)
 
     return validate
 

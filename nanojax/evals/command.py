@@ -63,10 +63,12 @@ def main(argv: Sequence[str]) -> None:
     keep_compiled_programs(config.data.cache)
     program = make_program(config)
     checkpoints = Checkpoints(folder.checkpoints)
+    phase = program.phase(checkpoints.latest or 0)
     with jax.set_mesh(program.mesh):
-        result = validator(program, prepared)(checkpoints.restore_params(program.shapes.params, program.shardings.params))
+        params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+        result = validator(program, prepared)(phase.prepare(params))
     print(
         f"step {checkpoints.latest}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
-        f"{result.targets:,} tokens, attention {program.attention}, precision {program.precision}"
+        f"{result.targets:,} tokens, attention {program.attention}, precision {phase.precision}"
     )
     checkpoints.close()

@@ -79,6 +79,7 @@ def generate(folder, command: SampleCommand) -> Iterator[int]:
     program = make_program(dataclasses.replace(config, train=train), jax.devices()[:1])
     checkpoints = Checkpoints(folder.checkpoints)
     params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    prepare = program.phase(checkpoints.latest or 0).prepare
     checkpoints.close()
     window, n_vocab = config.model.seq_len, tokenizer.n_vocab
 
@@ -95,7 +96,7 @@ def generate(folder, command: SampleCommand) -> Iterator[int]:
         return jax.random.categorical(key, logits_V / command.temperature)
 
     with jax.set_mesh(program.mesh):
-        weights = jax.jit(program.prepare)(params)
+        weights = prepare(params)
         ids = [tokenizer.bos, *tokenizer.encode(command.prompt)]
         key = jax.random.key(command.seed)
         for n in range(command.tokens):

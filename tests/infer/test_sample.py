@@ -39,7 +39,7 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(str
     params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
     checkpoints.close()
     with jax.set_mesh(program.mesh):
-        model = merge(program.graph, program.prepare(params))
+        model = merge(program.graph, program.phases[0].prepare(params))
         windows = np.array([ids[:64], *(ids[n : n + 64] for n in range(1, len(ids) - 63))], np.int32)
         logits = np.asarray(model(jnp.asarray(windows)))[..., : tokenizer.n_vocab]
     first = len(ids) - len(added)

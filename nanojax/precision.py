@@ -1,0 +1,117 @@
+"""What the products read: the master weights, cast, rounded to bf16 or quantised to 4 bits, once a step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from nanojax.config import Config
+from nanojax.formats import FORMATS
+from nanojax.ops.fp4 import QuantizedArray, fake_quant, finite_amax, quantize
+from nanojax.optim import label
+
+# Matrices that servers fuse into one have one global scale, so that what is served is what was trained. Block scales stay their own.
+FUSED = (("attention.q", "attention.k", "attention.v"), ("ffn.gate", "ffn.up"))
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A format, and the weights that are in it."""
+
+    format: str
+    """fp32, bf16, or one of formats.FORMATS."""
+    block: int | None = None
+    """int4's group; the other formats have their own."""
+    rule: str = "ceil"
+    """mxfp4's scale rule (ops/fp4.py). Training takes the one under which no weight saturates."""
+    first: int = 0
+    """Blocks below this one are left alone, and so are those from `end` on."""
+    end: int = 2**31
+    head: bool = False
+
+    @classmethod
+    def of(cls, config: Config, format: str) -> Rounding:
+        """That of a resolved config, whose `auto` has become `format`."""
+        train = config.train
+        if format not in FORMATS:
+            return cls(format)
+        end = config.model.depth - (train.fp4_skip_last or 0)
+        return cls(format, train.fp4_block, first=train.fp4_skip_first, end=end, head=train.fp4_head)
+
+    def covers(self, name: str) -> bool:
+        """Whether the parameter of that name is rounded."""
+        found = re.fullmatch(r"blocks\.([0-9]+)\..*\.w", name)
+        return self.first <= int(found[1]) < self.end if found else name == "head.w" and self.head
+
+    def names(self, names: Iterable[str]) -> list[str]:
+        """Those that are rounded."""
+        return [name for name in names if self.covers(name)]
+
+    def describe(self, config: Config) -> str:
+        """In words, for the header of a run."""
+        train, depth = config.train, config.model.depth
+        if self.format not in FORMATS:
+            return self.format
+        words = self.format + (f" in groups of {self.block}" if self.format == "int4" else "")
+        skipped = [f"blocks {a} to {b - 1}" for a, b in ((0, self.first), (self.end, depth)) if a < b]
+        words += f" but for {' and '.join(skipped)}" if skipped else ""
+        words += ", and the head" if self.head else ""
+        words += ", activations and gradients too (emulated; evaluated without)" if train.fp4_recipe == "full" else ""
+        return words + (f" up to step {round(train.fp4_until * config.steps)}" if train.fp4_until < 1 else "")
+
+
+def prepare_weights(params: dict[str, Array], *, rounding: Rounding, dtype: jnp.dtype) -> dict[str, Array]:
+    """The weights that products read, made once a step, outside accumulation and rematerialisation.
+
+    Matrices of the blocks and the head are in `dtype`, those that `rounding` covers on its grid. Gains and the embedding stay fp32.
+    """
+    groups, amaxes = label(params), shared_amaxes(params, rounding)
+
+    def cast(name: str, w: Array) -> Array:
+        if groups[name] not in ("matrix", "head"):
+            return w
+        if rounding.covers(name) and rounding.format in FORMATS:
+            return fake_quant(w, rounding.format, 0, rounding.block, rounding.rule, dtype, amaxes.get(name))
+        if rounding.covers(name) and rounding.format == "bf16" and dtype != jnp.bfloat16:
+            bits = jnp.finfo(jnp.bfloat16)
+            # Not a pair of casts: under jit XLA deletes a narrowing that is followed by a widening.
+            return jax.lax.reduce_precision(w, bits.nexp, bits.nmant).astype(dtype)
+        return w.astype(dtype)
+
+    return {name: cast(name, w) for name, w in params.items()}
+
+
+def quantize_weights(params: dict[str, Array], rounding: Rounding) -> dict[str, QuantizedArray]:
+    """Codes and scales of the weights that a 4-bit rounding covers; `prepare_weights` has what they stand for."""
+    amaxes = shared_amaxes(params, rounding)
+    return {
+        name: quantize(params[name], rounding.format, block=rounding.block, rule=rounding.rule, amax=amaxes.get(name))
+        for name in rounding.names(params)
+    }
+
+
+def shared_amaxes(params: dict[str, Array], rounding: Rounding) -> dict[str, Array]:
+    """Name -> the largest magnitude that its global scale is made from, for formats that have one."""
+    if not rounding.format.startswith("nvfp4"):
+        return {}
+    own = {name: finite_amax(params[name]) for name in rounding.names(params)}
+    return {name: max_of([own[other] for other in siblings(name, own)]) for name in own}
+
+
+def siblings(name: str, names: Iterable[str]) -> list[str]:
+    """Those among `names` that share a global scale with `name`, itself included."""
+    for members in FUSED:
+        for member in members:
+            if f".{member}." in name:
+                return [other for other in (name.replace(member, m) for m in members) if other in names]
+    return [name]
+
+
+def max_of(values: list[Array]) -> Array:
+    """Largest of some scalars."""
+    return jnp.max(jnp.stack(values))
