@@ -152,10 +152,11 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     return Site(config, mesh, attention, why, compute, precision, rows, accumulation)
 
 
-def make_program(config: Config, devices: list[jax.Device] | None = None) -> Program:
+def make_program(config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None) -> Program:
     """The program of a resolved config on all devices (or those given); nothing is compiled or allocated yet.
 
-    Raises UserError when mesh, batch, attention or precision do not fit the devices.
+    `prepare`, for formats of your own, replaces precision.prepare_weights: master weights -> those that products read, in the
+    type of the activations. Raises UserError when mesh, batch, attention or precision do not fit the devices.
     """
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
@@ -184,14 +185,14 @@ def make_program(config: Config, devices: list[jax.Device] | None = None) -> Pro
     jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(site.platform) or None)
 
     def make_phase(rounding: Rounding) -> Phase:
-        prepare = functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
+        ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
         noisy = rounding.names(by_name) if rounding.format == train.four_bit and train.fp4_recipe == "full" else ()
         loss = functools.partial(microbatch_nats, graph, noisy=frozenset(noisy), **head)
         rate = schedule(config.optim, config.steps)
-        step = functools.partial(train_step, tx=tx, lr=rate, prepare=prepare, loss=loss, shardings=by_name)
+        step = functools.partial(train_step, tx=tx, lr=rate, prepare=ready, loss=loss, shardings=by_name)
         return Phase(
             rounding.format,
-            prepare=jax.jit(prepare, in_shardings=(by_name,), out_shardings=by_name),
+            prepare=jax.jit(ready, in_shardings=(by_name,), out_shardings=by_name),
             train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
         )
 

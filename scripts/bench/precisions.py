@@ -1,0 +1,86 @@
+"""Step time and memory of each precision beside bf16, alternating in one process.   python scripts/bench/precisions.py configs/d12.py"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
+
+from nanojax.cli import FLAT, parse, split_preset
+from nanojax.config import Config
+from nanojax.errors import run_main
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": dict(precision="bf16"),
+    "nvfp4": dict(precision="nvfp4"),
+    "nvfp4_2d": dict(precision="nvfp4_2d"),
+    "mxfp4": dict(precision="mxfp4"),
+    "int4": dict(precision="int4"),
+    "full": dict(fp4_recipe="full"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to time."""
+
+    names: tuple[str, ...] = ("bf16", "nvfp4", "nvfp4_2d", "mxfp4", "int4")
+    """Of bf16, nvfp4, nvfp4_2d, mxfp4, int4 and full, the full recipe."""
+    rounds: int = 4
+    """Turns of each, alternating; the first is dropped."""
+    steps_a_round: int = 5
+    """Steps a turn, timed as one."""
+    config: Annotated[Config, FLAT] = field(default_factory=Config)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print milliseconds a step, by the median turn, and bytes that the compiled step needs beside its state."""
+    config, rest = split_preset(argv)
+    bench = parse(Bench, rest, prog="precisions.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
+
+    import jax
+    import numpy as np
+
+    from nanojax.data.loader import Batch
+    from nanojax.mesh import batch_sharding
+    from nanojax.program import make_program
+    from nanojax.sizes import resolve
+
+    base = resolve(bench.config, bench.config.model.vocab_size)
+    steps, states, times, facts = {}, {}, {name: [] for name in bench.names}, {}
+    tokens = None
+    for name in bench.names:
+        program = make_program(replace(base, train=replace(base.train, **VARIANTS[name])), jax.devices()[:1])
+        if tokens is None:
+            shape = (program.accumulation, program.rows, base.model.seq_len)
+            draw = np.random.default_rng(0).integers(0, base.model.vocab_size, (2, *shape), np.int32)
+            tokens = Batch(*jax.device_put((*draw, np.ones(shape, np.int32)), batch_sharding(program.mesh)))
+        with jax.set_mesh(program.mesh):
+            states[name] = program.init(jax.random.key(0))
+            began = time.perf_counter()
+            steps[name] = program.phases[0].train_step.lower(states[name], tokens).compile()
+            facts[name] = (time.perf_counter() - began, steps[name].memory_analysis().temp_size_in_bytes, program.parameters)
+    for turn in range(bench.rounds):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(bench.steps_a_round):
+                states[name], metrics = step(states[name], tokens)
+            jax.block_until_ready(metrics)
+            if turn:
+                times[name].append((time.perf_counter() - began) / bench.steps_a_round)
+    first = bench.names[0]
+    print(f"{jax.devices()[0].device_kind}, {facts[first][2]:,} parameters, {base.batch_tokens:,} tokens a step")
+    for name, values in times.items():
+        took, (compiled, temporary, size) = statistics.median(values), facts[name]
+        turns = ", ".join(f"{1e3 * value:.2f}" for value in values)
+        print(
+            f"{name:<10}{1e3 * took:9.2f} ms a step, {took / statistics.median(times[first]):.4f} of {first}, "
+            f"{(temporary - facts[first][1]) / size:+.3f} bytes a parameter, compiled in {compiled:.1f} s, turns {turns}"
+        )
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
