@@ -30,8 +30,8 @@ def block_shape(shape: tuple[int, ...], format: str, axis: int, block: int | Non
     if format not in FORMATS:
         raise ValueError(f"a 4-bit format is one of {', '.join(FORMATS)}, given {format!r}")
     known = FORMATS[format]
-    if block not in (None, known.block) and format != "int4":
-        raise ValueError(f"{format} has blocks of {known.block}, given {block}; only int4 takes another")
+    if block not in (None, known.block) and (format != "int4" or block < 1):
+        raise ValueError(f"{format} has blocks of {known.block}, given {block}; only int4 takes others, of one or more")
     if known.across > 1 and len(shape) != 2:
         raise ValueError(f"{format} has blocks of {known.block} x {known.across} and takes a matrix, given shape {shape}")
     sizes = [known.across] * len(shape)

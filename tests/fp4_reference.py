@@ -151,6 +151,20 @@ def scale_ties(shape, axis, block) -> np.ndarray:
     return w.astype(np.float32)
 
 
+def near_ties(shape, axis, block) -> np.ndarray:
+    """Under a global scale that is no power of two: sixths of blocks, and elements, within a few last bits of where they tie.
+
+    Only here does it show which product or quotient was rounded first.
+    """
+    rng = np.random.default_rng(0)
+    middles, unit = (E4M3[1:] + E4M3[:-1]) / 2, 0.37 / 2688
+    middle = middles[(np.indices(shape)[axis] // block * 37 + np.indices(shape)[1 - axis]) % len(middles)]
+    ties = rng.choice((E2M1[1:] + E2M1[:-1]) / 2, shape) * rng.choice([-1, 1], shape) * E4M3[nearest(middle, E4M3)]
+    w = np.where(np.indices(shape)[axis] % block == 2, 6 * middle, ties) * unit * (1 + rng.integers(-3, 4, shape) * 2.0**-24)
+    w.flat[0] = 0.37
+    return w.astype(np.float32)
+
+
 def minus_zero(shape, axis, block) -> np.ndarray:
     """A quarter of all elements, and whole blocks."""
     return np.where((np.indices(shape).sum(0) % 4 == 0) | (np.indices(shape)[axis] < block), np.float32(-0.0), normal(shape))
@@ -169,5 +183,6 @@ INPUTS = {  # name: function of shape, the axis of blocks, and their length
     "magnitudes": magnitudes,
     "element_ties": element_ties,
     "scale_ties": scale_ties,
+    "near_ties": near_ties,
     "minus_zero": minus_zero,
 }

@@ -57,8 +57,9 @@ def quantize(
 
     `block`: int4's group. `rule`: mxfp4's power of two for a block whose largest magnitude is b = m * 2^e, which is 2^(e - 2)
     (`floor`, OCP), one more from m = 1.75 on (`even`), or the smallest that lets nothing saturate (`ceil`). `amax`: what nvfp4's
-    global scale is made from instead of max|w|, for arrays that share one. `key`: round E2M1 stochastically, unbiased inside
-    the grid. Elements that are not finite, or denormal, count as 0. Raises ValueError as `block_shape` does.
+    global scale is made from instead of max|w|, for arrays that share one: the largest of their `finite_amax`. `key`: round E2M1
+    stochastically, unbiased but where it saturates. Elements that are not finite, or denormal, count as 0. Raises ValueError as
+    `block_shape` does.
     """
     sizes = block_shape(w.shape, format, axis, block)
     w = finite(w)
@@ -85,7 +86,7 @@ def dequantize(q: QuantizedArray, dtype: DTypeLike = jnp.float32) -> Float[Array
     elif q.format == "mxfp4":
         values, scales = e2m1_values(q.codes), power_of_two(q.scales.astype(jnp.int32) - E8M0_BIAS)
     else:
-        values, scales = e2m1_values(q.codes), q.scales.astype(jnp.float32) * divide(1.0, q.global_scale)
+        values, scales = e2m1_values(q.codes), flush(q.scales.astype(jnp.float32) * divide(1.0, q.global_scale))
     sizes = tuple(n // blocks for n, blocks in zip(q.codes.shape, q.scales.shape, strict=True))
     return flush(values * spread(scales, sizes)).astype(dtype)
 
@@ -125,7 +126,7 @@ fake_quant.defvjp(fake_quant_forward, fake_quant_backward)
 def pack(codes: UInt8[Array, ...], axis: int = -1) -> UInt8[Array, ...]:
     """Two codes a byte along `axis`, element 2i in the low four bits. Raises ValueError when that axis is odd."""
     if codes.shape[axis] % 2:
-        raise ValueError(f"codes are packed in pairs along axis {axis}, given shape {codes.shape}; the nearest size is even")
+        raise ValueError(f"codes are packed in pairs along axis {axis}, given shape {codes.shape}; add one code of 0")
     pairs = jnp.moveaxis(codes, axis, -1).reshape(-1, 2)
     whole = jnp.moveaxis(codes, axis, -1).shape[:-1]
     return jnp.moveaxis((pairs[:, 0] | (pairs[:, 1] << 4)).reshape(*whole, -1), -1, axis)
@@ -184,7 +185,9 @@ def e2m1_codes(x: Float[Array, ...], key: Array | None = None) -> UInt8[Array, .
     """Codes of the nearest E2M1 numbers, ties to the even code, saturating at 6; with a key, of one of the two beside x, unbiased."""
     y = jnp.minimum(jnp.abs(x), E2M1_MAX)
     per_unit = jnp.where(y < 2, 2.0, jnp.where(y < 4, 1.0, 0.5))  # one over the distance between neighbours
-    steps = jnp.rint(y * per_unit) if key is None else jnp.floor(y * per_unit + jax.random.uniform(key, x.shape))
+    steps, below = jnp.rint(y * per_unit), jnp.floor(y * per_unit)
+    if key is not None:  # not the floor of a sum with the draw: that sum rounds, now and then up to the next step
+        steps = below + (jax.random.uniform(key, x.shape) < y * per_unit - below)
     magnitude = steps * jnp.where(y < 2, 0.5, jnp.where(y < 4, 1.0, 2.0))
     code = jnp.where(magnitude < 2, magnitude * 2, jnp.where(magnitude < 4, magnitude + 2, magnitude * 0.5 + 4))
     return (code + jnp.where((x < 0) & (code > 0), 8, 0)).astype(jnp.uint8)

@@ -286,7 +286,12 @@ def draw(found: list[dict[str, Any]], target: Path) -> None:
             axes.plot([x] * len(values), values, "k.", markersize=5)
     axes.set_xticks(range(len(names)), names, rotation=15)
     axes.set_yscale("symlog", linthresh=1)
+    ticks = [-1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+    axes.minorticks_off()
+    axes.set_ylim(min(0, *(min(gaps(found, name, False)) for name in names)) - 0.05)
     axes.axhline(0, color="black", linewidth=0.8)
+    axes.grid(axis="y", alpha=0.3)
     axes.set_ylabel("bits per byte above bf16, %")
     axes.set_title(f"4-bit weights against bf16, same seed and data; a dot is a seed ({found[0]['tokens']:,} tokens a run)", fontsize=10)
     axes.legend()

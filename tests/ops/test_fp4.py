@@ -93,14 +93,18 @@ def test_a_given_amax_takes_the_place_of_the_largest_magnitude(name, variant):
         check(w, variant, amax=np.float32(factor * np.abs(w).max()))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_where_results_are_denormal_codes_are_exact_and_values_almost_zero(variant):
+def check_denormal_results(variant: str) -> None:
     w = normal((256, 48)) * np.float32(3e-38)
-    want, q = reference(w, **VARIANTS[variant]), jitted_quantize(jnp.asarray(w), **VARIANTS[variant])
+    want, (q, values, _) = reference(w, **VARIANTS[variant]), jitted(jnp.asarray(w), **VARIANTS[variant])
     np.testing.assert_array_equal(np.asarray(q.scales, np.float64), want.scales)
     np.testing.assert_array_equal(q.codes, want.codes)
     # A CPU takes a denormal scale for 0 and a GPU does not: at most 6 times the largest of them.
-    np.testing.assert_allclose(jitted_dequantize(q), want.values, rtol=0, atol=6 * 2.0**-126)
+    np.testing.assert_allclose(values, want.values, rtol=0, atol=6 * 2.0**-126)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_where_results_are_denormal_codes_are_exact_and_values_almost_zero(variant):
+    check_denormal_results(variant)
 
 
 def finite_halves() -> np.ndarray:
@@ -308,7 +312,7 @@ def test_what_is_not_finite_stays_so_and_changes_nothing_else(variant, shape):
         ),
         (lambda w: quantize(w, "int4", axis=-1, block=10), r"blocks of 10 along axis 1.*\(40, 24\); the nearest size is 20"),
         (lambda w: quantize(w, "nvfp4_2d", axis=1), r"blocks of 16 along axis 0.*\(40, 24\)"),
-        (lambda w: quantize(w, "nvfp4", block=32), "nvfp4 has blocks of 16, given 32; only int4 takes another"),
+        (lambda w: quantize(w, "nvfp4", block=32), "nvfp4 has blocks of 16, given 32; only int4 takes others"),
         (lambda w: quantize(w.reshape(2, 20, 24), "nvfp4_2d"), r"takes a matrix, given shape \(2, 20, 24\)"),
         (lambda w: quantize(jnp.zeros((32, 8)), "mxfp4", rule="round"), "one of floor, even, ceil, given 'round'"),
         (lambda w: pack(jnp.zeros((4, 5), jnp.uint8)), r"pairs along axis -1, given shape \(4, 5\)"),
@@ -344,6 +348,12 @@ def test_on_a_gpu_division_rounds_to_nearest():
 def test_on_a_gpu_codes_scales_and_values_equal_the_second_implementation(name, variant):
     for axis in (0, 1):
         check(example(name, variant, axis), variant, axis, eager=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_on_a_gpu_codes_are_exact_where_results_are_denormal(variant):
+    check_denormal_results(variant)
 
 
 @pytest.mark.gpu
