@@ -58,7 +58,8 @@ class Rounding:
         if self.format not in FORMATS:
             return self.format
         words = self.format + (f" in groups of {self.block}" if self.format == "int4" else "")
-        skipped = [f"blocks {a} to {b - 1}" for a, b in ((0, self.first), (self.end, depth)) if a < b]
+        ends = ((0, self.first), (self.end, depth))
+        skipped = [f"block {a}" if b == a + 1 else f"blocks {a} to {b - 1}" for a, b in ends if a < b]
         words += f" but for {' and '.join(skipped)}" if skipped else ""
         words += ", and the head" if self.head else ""
         words += ", activations and gradients too (emulated; evaluated without)" if train.fp4_recipe == "full" else ""

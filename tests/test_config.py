@@ -28,6 +28,13 @@ CHANGED = Config(
 )
 
 
+def four_bit(precision: str, int4_group: int = 128, fp4_recipe: str = "weights", **model) -> Config:
+    return Config(
+        model=ModelConfig(depth=2, **(dict(head_dim=64) | model)),
+        train=TrainConfig(precision=precision, int4_group=int4_group, fp4_recipe=fp4_recipe),
+    )
+
+
 @pytest.mark.parametrize("config", [Config(), CHANGED, resolve(CHANGED, 1000)], ids=["default", "changed", "resolved"])
 def test_a_config_survives_json(config):
     back = Config.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -128,6 +135,27 @@ def test_the_nanochat_block_takes_changes():
             lambda: Config(train=TrainConfig(batch_tokens=5000)),
             "batch_tokens=5000 must be a multiple of seq_len=2048; try --batch-tokens 6144",
         ),
+        (lambda: TrainConfig(fp4_head=True), "fp4_head needs a 4-bit precision, given auto; add --precision, one of int4, nvfp4"),
+        (lambda: TrainConfig(precision="bf16", fp4_skip_last=2), "fp4_skip_last needs a 4-bit precision, given bf16"),
+        (lambda: TrainConfig(fp4_until=0.5), "fp4_until needs a 4-bit precision, given auto"),
+        (lambda: TrainConfig(precision="nvfp4", fp4_until=0.0), "fp4_until=0.0 must be above 0 and at most 1, the whole run; try 0.82"),
+        (lambda: TrainConfig(precision="nvfp4", int4_group=64), "int4_group=64 needs precision=int4, given nvfp4"),
+        (lambda: TrainConfig(precision="nvfp4", fp4_recipe="full"), "fp4_recipe=full has weights in nvfp4_2d, given precision=nvfp4"),
+        (lambda: TrainConfig(precision="nvfp4", fp4_skip_first=-1), "fp4_skip_first=-1 must be at least 0"),
+        (
+            lambda: Config(model=ModelConfig(depth=4), train=TrainConfig(precision="nvfp4", fp4_skip_first=1, fp4_skip_last=3)),
+            "fp4_skip_first=1 and fp4_skip_last=3 leave none of 4 blocks in 4 bits; skip fewer",
+        ),
+        (
+            lambda: four_bit("int4", d_model=384, int4_group=256),
+            "d_model=384 must be a multiple of the 256 that share a scale in int4; the nearest is --d-model 512, or --int4-group 128",
+        ),
+        (
+            lambda: four_bit("mxfp4", d_ffn=1000),
+            "d_ffn=1000 must be a multiple of the 32 that share a scale in mxfp4; the nearest is --d-ffn 992",
+        ),
+        (lambda: four_bit("nvfp4_2d", d_model=80, head_dim=40, n_kv_head=1), "n_kv_head * head_dim=40 must be a multiple of the 16"),
+        (lambda: four_bit("auto", fp4_recipe="full", seq_len=40), "seq_len=40 must be a multiple of the 16"),
         (lambda: Config(train=TrainConfig(loss_blocks=7)), "seq_len=2048 must be a multiple of loss_blocks=7; try --loss-blocks 8"),
     ],
 )

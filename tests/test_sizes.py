@@ -112,3 +112,12 @@ def test_a_microbatch_that_does_not_divide_is_refused_with_the_nearest_that_does
     assert (flag, value) == ("micro_batch", better)
     mended = dataclasses.replace(config, train=dataclasses.replace(config.train, **{flag: value}))
     assert micro_batch(mended, 2) == better
+
+
+def test_the_full_recipe_leaves_fifteen_percent_of_the_blocks_and_weight_rounding_none():
+    def skipped(depth: int, **train) -> int | None:
+        return resolve(Config(model=ModelConfig(depth=depth), train=TrainConfig(**train)), 1000).train.fp4_skip_last
+
+    assert [skipped(depth, fp4_recipe="full") for depth in (1, 2, 12, 20)] == [0, 1, 2, 3]
+    assert skipped(12, precision="nvfp4") == skipped(12) == 0
+    assert skipped(12, fp4_recipe="full", fp4_skip_last=5) == 5

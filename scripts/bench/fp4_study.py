@@ -289,7 +289,8 @@ def draw(found: list[dict[str, Any]], target: Path) -> None:
     ticks = [-1, -0.5, 0, 0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 50]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.minorticks_off()
-    axes.set_ylim(min(0, *(min(gaps(found, name, False)) for name in names)) - 0.05)
+    all_gaps = [gap for name in names for post in (False, True) for gap in gaps(found, name, post)]
+    axes.set_ylim(min(0, *all_gaps) - 0.05, 1.5 * max(1, *all_gaps))
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(axis="y", alpha=0.3)
     axes.set_ylabel("bits per byte above bf16, %")

@@ -1,0 +1,97 @@
+"""Programs: the phases of a run that leaves 4 bits before its end, the full recipe, and a format of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from nanojax.data.loader import Batch
+from nanojax.precision import Rounding, prepare_weights
+from nanojax.program import make_program
+from nanojax.sizes import resolve
+
+MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
+CONFIG = Config(
+    model=MODEL,
+    train=TrainConfig(steps=10, batch_tokens=64, micro_batch=2, loss_blocks=2),
+    optim=OptimConfig(warmup_steps=1, reference_batch=None),
+)
+
+
+def program_of(**train):
+    return make_program(resolve(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **train)), 128), jax.devices()[:1])
+
+
+def batch(seed: int = 0) -> Batch:
+    tokens = np.random.default_rng(seed).integers(0, 128, (2, 2, 17)).astype(np.int32)
+    return Batch(*map(jnp.asarray, (tokens[..., :-1], tokens[..., 1:], np.ones((2, 2, 16), np.int32))))
+
+
+@pytest.fixture(scope="module")
+def full():
+    return program_of(fp4_recipe="full", steps=12)
+
+
+def run(program, batches: list[Batch], seed: int = 0) -> list[float]:
+    """Losses of steps on these batches."""
+    with jax.set_mesh(program.mesh):
+        state, found = program.init(jax.random.key(seed)), []
+        for each in batches:
+            state, metrics = program.phases[0].train_step(state, each)
+            found.append(float(metrics["loss"]))
+    return found
+
+
+def test_a_run_has_one_phase_or_two_and_steps_know_theirs():
+    whole = program_of(precision="nvfp4")
+    assert len(whole.phases) == 1
+    assert {whole.phase(step).precision for step in range(11)} == {"nvfp4"}
+    program = program_of(precision="nvfp4", fp4_until=0.7)
+    assert [program.phase(step).precision for step in range(11)] == 8 * ["nvfp4"] + 3 * ["fp32"]
+    assert "up to step 7" in program.facts["precision"]
+
+
+def test_each_phase_prepares_and_trains_in_its_own_precision():
+    program = program_of(precision="mxfp4", fp4_until=0.5)
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(0))
+        name = "blocks.0.attention.q.w"
+        first, last = (phase.prepare(state.params)[name] for phase in program.phases)
+        want = prepare_weights({name: state.params[name]}, rounding=Rounding("mxfp4"), dtype=jnp.float32)[name]
+        np.testing.assert_array_equal(first, want)
+        np.testing.assert_array_equal(last, state.params[name])
+        assert (np.asarray(first) != np.asarray(last)).mean() > 0.5
+
+
+def test_the_full_recipe_learns_leaves_its_last_blocks_and_repeats_by_seed(full):
+    assert full.config.train.fp4_skip_last == 1
+    assert "nvfp4_2d but for block 1, activations and gradients too" in full.facts["precision"]
+    losses = run(full, 12 * [batch()])  # one batch again and again
+    assert losses == run(full, 12 * [batch()])
+    assert losses[-1] < losses[0] - 0.5
+    plain = run(program_of(precision="nvfp4_2d", fp4_skip_last=1, steps=12), 12 * [batch()])
+    assert plain[-1] != losses[-1]
+    assert plain[-1] == pytest.approx(losses[-1], rel=0.3)  # 4-bit activations and gradients: near, and not the same
+
+
+def test_the_full_recipe_draws_the_same_under_rematerialisation(full):
+    again = program_of(fp4_recipe="full", steps=12, remat=True)
+    batches = [batch(), batch(1), batch(2)]
+    np.testing.assert_allclose(run(again, batches), run(full, batches), rtol=1e-4)  # fp32, fused apart
+
+
+def test_a_format_of_ones_own_takes_the_place_of_the_configs():
+    def halves(params):
+        return {name: w * 0.5 if name.endswith("q.w") else w for name, w in params.items()}
+
+    program = make_program(resolve(CONFIG, 128), jax.devices()[:1], prepare=halves)
+    with jax.set_mesh(program.mesh):
+        state = program.init(jax.random.key(0))
+        ready = program.phases[0].prepare(state.params)
+    np.testing.assert_array_equal(ready["blocks.1.attention.q.w"], 0.5 * state.params["blocks.1.attention.q.w"])
+    np.testing.assert_array_equal(ready["blocks.1.attention.k.w"], state.params["blocks.1.attention.k.w"])
