@@ -12,8 +12,9 @@ from nanojax.errors import UserError, run_main
 
 VERBS = {
     "train": ("nanojax.train", "main", "train a model: nanojax train configs/tiny.py"),
-    "eval": ("nanojax.evals.command", "main", "bits per byte of a run: nanojax eval runs/tiny"),
+    "eval": ("nanojax.evals.command", "main", "bits per byte of a run or an export: nanojax eval runs/tiny"),
     "sample": ("nanojax.infer.sample", "main", "continue a text: nanojax sample runs/tiny --prompt 'def '"),
+    "export": ("nanojax.export.command", "main", "write a run as safetensors: nanojax export runs/tiny out"),
     "tokenizer": ("nanojax.data.commands", "tokenizer_main", "train or evaluate a tokenizer"),
     "data": ("nanojax.data.commands", "data_main", "download public text, or prepare your own"),
 }

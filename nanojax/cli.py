@@ -22,6 +22,9 @@ FLAT: Any = tyro.conf.arg(name="")
 """Annotates a nested dataclass whose flags carry no prefix: `Annotated[Config, FLAT]`."""
 POSITIONAL: Any = tyro.conf.Positional
 """Annotates a field that is given without a flag."""
+RUN: Any = tyro.conf.arg(metavar="RUN")
+OUT: Any = tyro.conf.arg(metavar="OUT")
+"""Annotate a field with the word that stands for its value in the help."""
 FLAGS_OF_ALL = ("--help", "--debug")
 
 
@@ -70,7 +73,7 @@ def flags(spec: Any, prefix: str = "") -> list[str]:
 
 def one_line(box: str) -> str:
     """The words of tyro's boxed message, without the box and without its pointer to the help."""
-    words = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in box.splitlines()[1:]]
+    words = [re.sub(r"[│╭╮╰╯─]+|-{3,}", " ", line).strip() for line in box.splitlines()[1:]]
     text = re.sub(r"^Error parsing [\w.]+: ", "", " ".join(filter(None, words)))
     if found := re.match(r"Error parsing (--\S+): no type matching (\S+) could be instantiated from \[(.*?)\]", text):
         return f"{found[1]} takes {found[2].replace('{None}|', '')} or None, given {found[3]}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
@@ -71,20 +72,30 @@ def prepare_weights(params: dict[str, Array], *, rounding: Rounding, dtype: jnp.
 
     Matrices of the blocks and the head are in `dtype`, those that `rounding` covers on its grid. Gains and the embedding stay fp32.
     """
-    groups, amaxes = label(params), shared_amaxes(params, rounding)
+    groups = label(params)
+    four_bit = fake_quantize_weights(params, rounding, dtype) if rounding.format in FORMATS else {}
 
     def cast(name: str, w: Array) -> Array:
-        if groups[name] not in ("matrix", "head"):
-            return w
-        if rounding.covers(name) and rounding.format in FORMATS:
-            return fake_quant(w, rounding.format, 0, rounding.block, rounding.rule, dtype, amaxes.get(name))
         if rounding.covers(name) and rounding.format == "bf16" and dtype != jnp.bfloat16:
             bits = jnp.finfo(jnp.bfloat16)
             # Not a pair of casts: under jit XLA deletes a narrowing that is followed by a widening.
             return jax.lax.reduce_precision(w, bits.nexp, bits.nmant).astype(dtype)
-        return w.astype(dtype)
+        return w.astype(dtype) if groups[name] in ("matrix", "head") else w
 
-    return {name: cast(name, w) for name, w in params.items()}
+    return {name: four_bit[name] if name in four_bit else cast(name, w) for name, w in params.items()}
+
+
+def fake_quantize_weights(params: dict[str, Array], rounding: Rounding, dtype: jnp.dtype) -> dict[str, Array]:
+    """The weights that a 4-bit rounding covers, on its grid, in `dtype`."""
+    amaxes, ready = shared_amaxes(params, rounding), {}
+
+    def quantise(w: Array, amax: Array | None) -> Array:
+        return fake_quant(w, rounding.format, 0, rounding.block, rounding.rule, dtype, amax)
+
+    for names, stack in stacks(params, rounding):
+        amax = jnp.stack([amaxes[name] for name in names]) if amaxes else None
+        ready |= zip(names, jax.vmap(quantise)(stack, amax), strict=True)
+    return ready
 
 
 def quantize_weights(params: dict[str, Array], rounding: Rounding) -> dict[str, QuantizedArray]:
@@ -100,8 +111,17 @@ def shared_amaxes(params: dict[str, Array], rounding: Rounding) -> dict[str, Arr
     """Name -> the largest magnitude that its global scale is made from, for formats that have one."""
     if not rounding.format.startswith("nvfp4"):
         return {}
-    own = {name: finite_amax(params[name]) for name in rounding.names(params)}
-    return {name: max_of([own[other] for other in siblings(name, own)]) for name in own}
+    own = {name: amax for names, stack in stacks(params, rounding) for name, amax in zip(names, jax.vmap(finite_amax)(stack), strict=True)}
+    return {name: jnp.max(jnp.stack([own[other] for other in siblings(name, own)])) for name in own}
+
+
+def stacks(params: dict[str, Array], rounding: Rounding) -> Iterator[tuple[list[str], Array]]:
+    """Weights that are rounded, those of one shape as one array: each on its own, a model's worth takes XLA half a minute to compile."""
+    by_shape = collections.defaultdict(list)
+    for name in rounding.names(params):
+        by_shape[params[name].shape].append(name)
+    for names in by_shape.values():
+        yield names, jnp.stack([params[name] for name in names])
 
 
 def siblings(name: str, names: Iterable[str]) -> list[str]:
@@ -111,8 +131,3 @@ def siblings(name: str, names: Iterable[str]) -> list[str]:
             if f".{member}." in name:
                 return [other for other in (name.replace(member, m) for m in members) if other in names]
     return [name]
-
-
-def max_of(values: list[Array]) -> Array:
-    """Largest of some scalars."""
-    return jnp.max(jnp.stack(values))

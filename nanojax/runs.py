@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from nanojax.config import Config
+from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import UserError
 from nanojax.sizes import resolve
@@ -185,6 +186,11 @@ class RunFolder:
                 f"the newest checkpoint in {self.checkpoints} has the tokenizer {saved['tokenizer_sha256'][:12]}, and the run has "
                 f"{data.tokenizer.sha256[:12]}; move that checkpoint away"
             )
+
+
+def unplaced(config: Config, attn_impl: Attention = "auto") -> Config:
+    """The config without what ties it to the devices that it was trained on: they may be others now."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl=attn_impl))
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

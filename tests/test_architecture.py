@@ -49,9 +49,10 @@ def imported(path: Path) -> set[str]:
         ("grain", {"nanojax/data/"}),
         ("transformer_engine", {"nanojax/ops/attention_te.py"}),
         ("tensorboardX", {"nanojax/telemetry.py"}),
-        ("matplotlib", {"nanojax/telemetry.py"}),
+        ("matplotlib", {"nanojax/telemetry.py", "scripts/bench/"}),
         ("tiktoken", {"nanojax/tokenizer.py"}),
         ("rustbpe", {"nanojax/tokenizer.py"}),
+        ("safetensors", {"nanojax/export/"}),
     ],
 )
 def test_a_library_is_imported_in_its_room_only(package, rooms):
@@ -115,14 +116,15 @@ def test_a_preset_is_short_loads_and_names_its_own_command(path):
 
 
 def test_every_source_file_has_the_tests_that_mirror_it():
-    """A test file without its module is a leftover of a rename."""
+    """A test file without its module is a leftover of a rename. test_fp4.py and test_fp4_properties.py both mirror fp4.py."""
     modules = {path.relative_to(ROOT / "nanojax").with_suffix("").as_posix() for path in LIBRARY}
     free = {"architecture", "wrong_calls", "two_processes"}
     tests = {
         (path.parent.relative_to(ROOT / "tests") / path.stem.removeprefix("test_")).as_posix()
         for path in (ROOT / "tests").rglob("test_*.py")
     }
-    strays = {test for test in tests if test not in modules and test.split("/")[-1] not in free}
+    mirrored = tuple(f"{module}_" for module in modules)
+    strays = {test for test in tests if test not in modules and not test.startswith(mirrored) and test.split("/")[-1] not in free}
     assert not strays, f"tests/ mirrors nanojax/, and these mirror nothing: {sorted(strays)}"
 
 

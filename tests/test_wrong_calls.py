@@ -70,6 +70,8 @@ def world(tmp_path_factory) -> World:
     begun = RunFolder(root / "runs/begun")
     begun.make()
     begun.write(config, made)
+    (root / "half").mkdir()  # an export that was interrupted
+    (root / "half/model.safetensors").write_bytes(b"")
     (root / "runs/garbled").mkdir()
     (root / "runs/garbled/config.json").write_text("{")
     corrupt = prepare(DataConfig(path=str(root / "corpus"), cache=str(root / "corrupt")), VOCABULARY, lambda _: None)
@@ -144,6 +146,8 @@ BARE = {
     "eval notes": ("notes does not", "give the --out of a training run"),
     "eval runs/swapped": ("runs/swapped/tokenizer.json", "put the run's own tokenizer back"),
     "sample notes": ("notes does not", "give the --out of a training run"),
+    "export runs/finished packed --format int4": ("d_model=64", "128", "--int4-group 64"),
+    "eval half": ("half does not", "nanojax export"),
     "sample runs/finished --temperature -0.5": ("temperature=-0.5", "try 0.8"),
 }
 # More of them, in this process: what differs from those above is the message, not how the process ends.
@@ -168,6 +172,16 @@ QUICK = {
     "sample runs/begun": ("has none", "train it first"),
     "sample runs/finished --temperature nan": ("temperature=nan", "try 0.8"),
     "sample runs/finished --top-k -1": ("top_k=-1", "at least 0"),
+    "export runs/begun out": ("has none", "train it first"),
+    "export notes out": ("notes does not", "give the --out of a training run"),
+    "export runs/finished": ("Missing", "OUT", "--help"),
+    "export runs/finished file": ("file is not an empty one", "another OUT"),
+    "export runs/finished corpus": ("corpus is not an empty one", "another OUT"),
+    "export runs/finished file/below": ("file/below", "another OUT"),
+    "export runs/finished out --format fp8": ("fp8", "nvfp4", "--help"),
+    "export runs/finished out --int4-group 64": ("int4_group=64", "--format int4"),
+    "export runs/swapped out": ("put the run's own tokenizer back",),
+    "sample half": ("half does not", "nanojax export"),
     "sample file": ("file", "give the --out of a training run"),
     "tokenizer": ("train", "eval"),
     "data fetch": ("fetch", "download"),

@@ -1,4 +1,4 @@
-"""`nanojax eval RUN`: the validation figure of a finished or interrupted run, computed again from its newest checkpoint."""
+"""`nanojax eval RUN`: the validation figure of a run, computed again from its newest checkpoint, or of an export."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanojax.checks import check_types, require_positive
-from nanojax.cli import POSITIONAL, parse
+from nanojax.cli import POSITIONAL, RUN, parse
 from nanojax.config import Attention
 
 
@@ -17,14 +17,16 @@ from nanojax.config import Attention
 class EvalCommand:
     """What `nanojax eval` takes."""
 
-    run: Annotated[str, POSITIONAL]
-    """Folder of a training run."""
+    run: Annotated[str, POSITIONAL, RUN]
+    """Folder of a training run, or of an export."""
     eval_tokens: int | None = None
     """Validation tokens. Derived: as many as the run's own."""
     path: str | None = None
     """Folder of text to take instead of the run's (data.path)."""
     glob: str | None = None
     """Pattern of files below that folder, each a document (data.glob)."""
+    cache: str | None = None
+    """Folder for token shards, packing plans and compiled programs. Derived: the run's own; of an export, the default one."""
     attn_impl: Attention = "auto"
     """Attention backend."""
 
@@ -39,36 +41,24 @@ def main(argv: Sequence[str]) -> None:
     command = parse(EvalCommand, argv, prog="nanojax eval", description=main.__doc__ or "")
 
     from nanojax.data.shards import prepare
-    from nanojax.runs import RunFolder
+    from nanojax.infer.load import open_source
 
-    folder = RunFolder(Path(command.run))
-    config, _ = folder.read()
-    folder.require_checkpoint()
-    folder.tokenizer()
-    data = dataclasses.replace(config.data, tokenizer=str(folder.path / "tokenizer.json"))
+    source = open_source(Path(command.run), attn_impl=command.attn_impl, cache=command.cache)
+    config = source.config
+    data, train = config.data, dataclasses.replace(config.train, eval_tokens=command.eval_tokens or config.train.eval_tokens)
     if command.path is not None or command.glob is not None:
         data = dataclasses.replace(data, path=command.path or data.path, glob=command.glob)
-    train = dataclasses.replace(
-        config.train, mesh="", micro_batch=None, attn_impl=command.attn_impl, eval_tokens=command.eval_tokens or config.train.eval_tokens
-    )
-    config = dataclasses.replace(config, data=data, train=train)
-    prepared = prepare(config.data, config.model.vocab_size, print)
+    source = dataclasses.replace(source, config=dataclasses.replace(config, data=data, train=train))
+    prepared = prepare(data, config.model.vocab_size, print)
 
     import jax
 
-    from nanojax.checkpoint import Checkpoints
     from nanojax.evals.bpb import validator
-    from nanojax.program import keep_compiled_programs, make_program
 
-    keep_compiled_programs(config.data.cache)
-    program = make_program(config)
-    checkpoints = Checkpoints(folder.checkpoints)
-    phase = program.phase(checkpoints.latest or 0)
-    with jax.set_mesh(program.mesh):
-        params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
-        result = validator(program, prepared)(phase.prepare(params))
+    model = source.load()
+    with jax.set_mesh(model.program.mesh):
+        result = validator(model.program, prepared)(model.weights)
     print(
-        f"step {checkpoints.latest}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
-        f"{result.targets:,} tokens, attention {program.attention}, precision {phase.precision}"
+        f"step {model.step}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
+        f"{result.targets:,} tokens, attention {model.program.attention}, precision {model.precision}"
     )
-    checkpoints.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 from nanojax.checks import check_types
-from nanojax.cli import POSITIONAL, parse
+from nanojax.cli import POSITIONAL, RUN, parse
 from nanojax.errors import UserError
+from nanojax.infer.load import Source, open_source
+from nanojax.infer.text import utf8_stream
 from nanojax.tokenizer import clean
 
 
@@ -20,8 +21,8 @@ from nanojax.tokenizer import clean
 class SampleCommand:
     """What `nanojax sample` takes."""
 
-    run: Annotated[str, POSITIONAL]
-    """Folder of a training run."""
+    run: Annotated[str, POSITIONAL, RUN]
+    """Folder of a training run, or of an export."""
     prompt: str = ""
     """Text to continue. Empty: start a new document."""
     tokens: int = 200
@@ -32,6 +33,8 @@ class SampleCommand:
     """Sample among this many likeliest tokens; 0: among all."""
     seed: int = 0
     """Seed of the sampling."""
+    cache: str | None = None
+    """Folder for compiled programs. Derived: the run's own; of an export, the default one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -46,48 +49,32 @@ def main(argv: Sequence[str]) -> None:
     """Print the prompt and its continuation, as it is made."""
     command = parse(SampleCommand, argv, prog="nanojax sample", description=main.__doc__ or "")
 
-    from nanojax.infer.text import utf8_stream
-    from nanojax.runs import RunFolder
-
-    folder = RunFolder(Path(command.run))
-    folder.read()
-    folder.require_checkpoint()
-    tokenizer = folder.tokenizer()
+    source = open_source(Path(command.run), cache=command.cache)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     sys.stdout.write(clean(command.prompt))
-    for text in utf8_stream(tokenizer.decode_bytes([token]) for token in generate(folder, command)):
+    for text in utf8_stream(source.tokenizer.decode_bytes([token]) for token in generate(source, command)):
         sys.stdout.write(text)
         sys.stdout.flush()
     print()
 
 
-def generate(folder, command: SampleCommand) -> Iterator[int]:
+def generate(source: Source, command: SampleCommand) -> Iterator[int]:
     """Tokens that follow the prompt, until <|bos|> starts another document."""
     import jax
     import jax.numpy as jnp
 
-    from nanojax.checkpoint import Checkpoints
     from nanojax.model import merge
-    from nanojax.program import keep_compiled_programs, make_program
 
-    config, _ = folder.read()
-    tokenizer = folder.tokenizer()
-    # One device, xla: a row of one prompt gives the others nothing to do.
-    train = dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl="auto")
-    keep_compiled_programs(config.data.cache)
-    program = make_program(dataclasses.replace(config, train=train), jax.devices()[:1])
-    checkpoints = Checkpoints(folder.checkpoints)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
-    prepare = program.phase(checkpoints.latest or 0).prepare
-    checkpoints.close()
-    window, n_vocab = config.model.seq_len, tokenizer.n_vocab
+    tokenizer = source.tokenizer
+    model = source.load(jax.devices()[:1])  # a row of one prompt gives others nothing to do
+    window, n_vocab = source.config.model.seq_len, tokenizer.n_vocab
 
     @jax.jit
     def next_token(weights, row_T, last, key):
-        model = merge(program.graph, weights)
-        x_BD = model.hidden(row_T[None])[:, last]
-        logits_V = model.logits(x_BD)[0, :n_vocab]  # not the padding of the vocabulary
+        gpt = merge(model.program.graph, weights)
+        x_BD = gpt.hidden(row_T[None])[:, last]
+        logits_V = gpt.logits(x_BD)[0, :n_vocab]  # not the padding of the vocabulary
         if command.top_k:
             floor = jax.lax.top_k(logits_V, min(command.top_k, n_vocab))[0][-1]
             logits_V = jnp.where(logits_V < floor, -jnp.inf, logits_V)
@@ -95,14 +82,13 @@ def generate(folder, command: SampleCommand) -> Iterator[int]:
             return jnp.argmax(logits_V)
         return jax.random.categorical(key, logits_V / command.temperature)
 
-    with jax.set_mesh(program.mesh):
-        weights = prepare(params)
+    with jax.set_mesh(model.program.mesh):
         ids = [tokenizer.bos, *tokenizer.encode(command.prompt)]
         key = jax.random.key(command.seed)
         for n in range(command.tokens):
             row = ids[-window:]
             padded = jnp.array(row + [tokenizer.bos] * (window - len(row)), jnp.int32)
-            token = int(next_token(weights, padded, len(row) - 1, jax.random.fold_in(key, n)))
+            token = int(next_token(model.weights, padded, len(row) - 1, jax.random.fold_in(key, n)))
             if token == tokenizer.bos:
                 return
             ids.append(token)

@@ -23,6 +23,7 @@ from nanojax.cli import parse
 from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
 from nanojax.data.corpus import COLUMN, MANIFEST
 from nanojax.errors import UserError, run_main
+from nanojax.sizes import count_parameters, resolve
 
 CONTROL = "3 bits, groups of 128"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -78,7 +79,7 @@ class Study:
 def main(argv: Sequence[str]) -> None:
     """Run what is not done yet, then write table and picture."""
     began = time.monotonic()
-    study = parse(Study, argv, prog="fp4_study.py", description=__doc__.split("\n", maxsplit=1)[0])
+    study = parse(Study, argv, prog="fp4_study.py", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     out = Path(study.out)
     out.mkdir(parents=True, exist_ok=True)
     text = study.text or str(gather(Path(study.cache).expanduser() / "packages"))
@@ -161,7 +162,6 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
     from nanojax.evals.bpb import validator
     from nanojax.mesh import batch_sharding
     from nanojax.program import DTYPES, formats, keep_compiled_programs, make_program
-    from nanojax.sizes import count_parameters, resolve
 
     keep_compiled_programs(base.data.cache)
     data = prepare(base.data, base.model.vocab_size, print)
@@ -194,23 +194,19 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
             if name == "bf16":
                 others = [other for other in VARIANTS if other != name]
                 post = {other: validate(variant(other).phases[0].prepare(state.params)).bpb for other in others}
-        steps, size = program.config.steps, count_parameters(program.config.model)
-        return {
-            "variant": name,
-            "seed": seed,
-            "bpb": final.bpb,
-            "post_training": post,
-            "step_ms": 1e3 * seconds,
-            "skipped": int(state.skipped),
-            "steps": steps,
-            "tokens": steps * base.train.batch_tokens,
-            "tokens_per_parameter": steps * base.train.batch_tokens / size.scaling,
-            "epochs": steps * base.train.batch_tokens / (plan.rows * seq_len),
-            "parameters": size.total,
-            "device": jax.devices()[0].device_kind,
-        }
+        seen = {"variant": name, "seed": seed, "bpb": final.bpb, "post_training": post, "step_ms": 1e3 * seconds}
+        return (
+            seen | {"skipped": int(state.skipped), "device": jax.devices()[0].device_kind} | sizes_of(program.config, plan.rows * seq_len)
+        )
 
     return run
+
+
+def sizes_of(config: Config, corpus_tokens: int) -> dict[str, Any]:
+    """How long a run is, next to its model and its data."""
+    size, tokens = count_parameters(config.model), config.steps * config.batch_tokens
+    length = {"steps": config.steps, "tokens": tokens, "epochs": tokens / corpus_tokens}
+    return length | {"parameters": size.total, "tokens_per_parameter": tokens / size.scaling}
 
 
 def train(program: Any, loader: Any, state: Any) -> tuple[Any, float]:

@@ -8,6 +8,7 @@ import numpy as np
 from training import config, presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax.checkpoint import Checkpoints
+from nanojax.infer.load import open_source
 from nanojax.infer.sample import SampleCommand, generate
 from nanojax.infer.sample import main as sample_main
 from nanojax.model import merge
@@ -31,7 +32,7 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(str
     """Also beyond the model's window, where the model sees the last 64 tokens."""
     command = SampleCommand(run="", prompt="ba ko", tokens=80, temperature=0.0, seed=1)
     tokenizer = straight.folder.tokenizer()
-    added = list(generate(straight.folder, command))
+    added = list(generate(open_source(straight.folder.path), command))
     ids = [tokenizer.bos, *tokenizer.encode("ba ko"), *added]
     assert len(ids) > 66, "the text must leave the window"
     program = make_program(config, jax.devices()[:1])

@@ -1,0 +1,1 @@
+"""Weights as files that others can read, and back."""

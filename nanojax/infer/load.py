@@ -1,0 +1,87 @@
+"""A model to use: that of a run's newest checkpoint, or of an export."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanojax.config import Attention, Config
+from nanojax.export.folder import Export, is_export, open_export
+from nanojax.runs import RunFolder, unplaced
+from nanojax.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jax
+    from jaxtyping import Array
+
+    from nanojax.program import Program
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with a model in it, which passed all checks that need no device."""
+
+    path: Path
+    config: Config
+    """For the devices of this machine, its tokenizer the folder's own."""
+    tokenizer: Tokenizer
+    export: Export | None
+    """None for a run."""
+
+    def load(self, devices: list[jax.Device] | None = None) -> Model:
+        """The model on all devices, or those given. Raises UserError on weights that are damaged or of another model."""
+        import jax
+        import jax.numpy as jnp
+
+        from nanojax.checkpoint import Checkpoints
+        from nanojax.export.read import read_parts, read_weights
+        from nanojax.program import DTYPES, keep_compiled_programs, make_program
+
+        parts = read_parts(self.export) if self.export else {}  # first: a model of the sizes that it claims takes long to trace
+        keep_compiled_programs(self.config.data.cache)
+        program = make_program(self.config, devices)
+        shardings = program.shardings.params
+        with jax.set_mesh(program.mesh):
+            if self.export:
+                weights = read_weights(self.export, parts, jnp.dtype(DTYPES[program.compute]), shardings)
+                return Model(program, weights, self.export.step, f"{self.export.format}, exported")
+            checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
+            step = checkpoints.latest or 0
+            phase = program.phase(step)
+            weights = phase.prepare(checkpoints.restore_params(program.shapes.params, shardings))
+            checkpoints.close()
+            return Model(program, weights, step, phase.precision)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights on devices, and what runs on them."""
+
+    program: Program
+    weights: dict[str, Array]
+    """Prepared: what products read."""
+    step: int
+    """Of the run, that they are from."""
+    precision: str
+    """Of the matrices of the blocks, in words."""
+
+
+def open_source(folder: Path, *, attn_impl: Attention = "auto", cache: str | None = None) -> Source:
+    """A run's folder or an exported one. `cache` replaces the run's own; an export has none, and takes the default.
+
+    Raises UserError on a folder that is neither, or damaged.
+    """
+    if is_export(folder):
+        export = open_export(folder)
+        config, tokenizer = export.plain_config, export.tokenizer
+    else:
+        export, run = None, RunFolder(folder)
+        config, _ = run.read()
+        run.require_checkpoint()
+        tokenizer = run.tokenizer()
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(folder / "tokenizer.json")))
+    if cache is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=cache))
+    return Source(folder, unplaced(config, attn_impl), tokenizer, export)
