@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 basedpyright
 lint-imports
-pytest "$@"
+pytest -n auto --maxprocesses 4 --dist loadfile "$@"
