@@ -68,6 +68,26 @@ def test_each_phase_prepares_and_trains_in_its_own_precision():
         assert (np.asarray(first) != np.asarray(last)).mean() > 0.5
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_weights_are_quantised_once_a_step_and_in_no_microbatch(remat):
+    program = program_of(precision="nvfp4", remat=remat)
+    assert program.accumulation == 2
+    with jax.set_mesh(program.mesh):
+        whole = jax.make_jaxpr(program.phases[0].train_step)(program.shapes, batch())
+    step = whole.jaxpr.eqns[0].params["jaxpr"].jaxpr
+    (microbatches,) = (e for e in step.eqns if e.primitive.name == "scan" and e.params["length"] == 2)
+    inside, outside = (roundings(j) for j in (microbatches.params["jaxpr"].jaxpr, step))
+    assert inside == 0
+    assert outside > 0
+
+
+def roundings(jaxpr) -> int:
+    """How often a jaxpr, with all that it calls, rounds to an integer: quantising does, and nothing else in a step."""
+    subs = [leaf for e in jaxpr.eqns for leaf in jax.tree.leaves(e.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr"))]
+    inner = [sub.jaxpr if hasattr(sub, "jaxpr") else sub for sub in subs if hasattr(sub, "jaxpr") or hasattr(sub, "eqns")]
+    return sum(e.primitive.name == "round" for e in jaxpr.eqns) + sum(map(roundings, inner))
+
+
 def test_the_full_recipe_learns_leaves_its_last_blocks_and_repeats_by_seed(full):
     assert full.config.train.fp4_skip_last == 1
     assert "nvfp4_2d but for block 1, activations and gradients too" in full.facts["precision"]
