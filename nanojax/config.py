@@ -58,6 +58,8 @@ class ModelConfig:
     """Normalise the embedded tokens, without a gain."""
     window: int | None = None
     """Keys that a token sees, itself included. None: all before it."""
+    window_pattern: str = "S"
+    """Which layers have that window, S, and which see all, L, repeated over the depth: SSSL. With an L in it, the last layer is one."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -76,6 +78,10 @@ class ModelConfig:
             raise UserError(
                 f"d_model={self.width} must be a multiple of head_dim={self.head_dim}; try --d-model {round_up(self.width, self.head_dim)}"
             )
+        if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
+            raise UserError(f"window_pattern={self.window_pattern!r:.40} must be made of S and L; try SSSL")
+        if "L" in self.window_pattern and self.window is None:
+            raise UserError(f"window_pattern={self.window_pattern} needs a window for its S; add --window {self.seq_len // 4}")
         if self.n_head % self.kv_heads:
             raise UserError(
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.kv_heads}; "
@@ -103,9 +109,15 @@ class ModelConfig:
         return self.d_ffn or (round_up(8 * self.width / 3, 256) if self.ffn == "swiglu" else 4 * self.width)
 
     @property
-    def span(self) -> int:
-        """Keys that the last token of a row sees."""
-        return min(self.window or self.seq_len, self.seq_len)
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, None where it sees all."""
+        kinds = (self.window_pattern * self.depth)[: self.depth - 1] + ("L" if "L" in self.window_pattern else "S")
+        return tuple(self.window if kind == "S" else None for kind in kinds)
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Keys that the last token of a row sees, in each layer."""
+        return tuple(min(window or self.seq_len, self.seq_len) for window in self.windows)
 
 
 def nanochat(depth: int, **changes: Any) -> ModelConfig:

@@ -22,6 +22,8 @@ from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import rope_table, rotate
 
 Dot = Callable[..., Array]
+Attend = Callable[[Array, Array, Array], Array]
+"""(q_BTNH, k_BTKH, v_BTKH) -> y_BTNH: what a layer sees, its window, documents and cache, is the caller's."""
 
 
 def scaled_normal(key: Array, shape: tuple[int, int]) -> Array:
@@ -61,7 +63,7 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries, norms on queries and keys, and rotary positions."""
 
-    def __init__(self, c: ModelConfig, *, attention: AttentionFn, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
         k_q, k_k, k_v, k_o = jax.random.split(key, 4)
         queries, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
         self.q = Linear((c.width, queries), ("embed", "heads"), dot=dot, name="q", key=k_q)
@@ -72,16 +74,15 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
         self.k_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
         self.head_dim = c.head_dim
-        self.attend = functools.partial(attention, window=c.window)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope, segments_BT: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         with jax.named_scope("qkv"):
             q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD).reshape(heads), self.k(x_BTD).reshape(heads), self.v(x_BTD).reshape(heads)
         with jax.named_scope("rope"):
             q_BTNH, k_BTKH = rotate(self.q_norm(q_BTNH), rope), rotate(self.k_norm(k_BTKH), rope)
         with jax.named_scope("attend"):
-            y_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT)
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         with jax.named_scope("out"):
             return self.o(y_BTNH.reshape(*x_BTD.shape[:2], -1))
 
@@ -114,16 +115,16 @@ class ReLU2(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
 
-    def __init__(self, c: ModelConfig, *, attention: AttentionFn, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
         k_attention, k_ffn = jax.random.split(key)
         self.norm_1 = RMSNorm(c.width, learnable=c.norm == "learnable")
-        self.attention = Attention(c, attention=attention, dot=dot, key=k_attention)
+        self.attention = Attention(c, dot=dot, key=k_attention)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope, segments_BT: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + self.attention(self.norm_1(x_BTD), rope, segments_BT)
+            x_BTD = x_BTD + self.attention(self.norm_1(x_BTD), rope, attend)
         with jax.named_scope("ffn"):
             x_BTD = x_BTD + self.ffn(self.norm_2(x_BTD))
         return x_BTD
@@ -160,11 +161,12 @@ class GPT(nnx.Module):
     ):
         k_embed, k_head, k_blocks = jax.random.split(key, 3)
         self.embedding = nnx.Param(jax.random.normal(k_embed, (c.vocab_size, c.width), jnp.float32), out_sharding=("vocab", "embed"))
-        self.blocks = nnx.List(make_blocks(functools.partial(Block, c, attention=attention, dot=dot), c.depth, k_blocks))
+        self.blocks = nnx.List(make_blocks(functools.partial(Block, c, dot=dot), c.depth, k_blocks))
         self.norm = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.head = Linear((c.width, c.vocab_size), ("embed", "vocab"), dot=dot, name="head", key=k_head, init=zeros)
         self.embed_norm = rms_norm if c.embed_norm else identity
         self.head_dim, self.rope_base, self.softcap = c.head_dim, c.rope_base, c.softcap
+        self.attention, self.windows = attention, c.windows
         self.compute_dtype, self.remat = compute_dtype, remat
 
     def hidden(self, tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
@@ -178,11 +180,17 @@ class GPT(nnx.Module):
 
     def from_embeddings(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """`hidden` of rows that are embedded already."""
-        rope = rope_table(jnp.arange(x_BTD.shape[1]), self.head_dim, self.rope_base)
+        attends = [functools.partial(self.attention, window=window, segments_BT=segments_BT) for window in self.windows]
+        return self.through_blocks(x_BTD, jnp.arange(x_BTD.shape[1]), attends)
+
+    def through_blocks(self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "*B T"], attends: Sequence[Attend]) -> Array:
+        """Embedded rows [B, T, D] through every block, each with its own attention, and the last norm; tokens are at `positions`."""
+        rope = rope_table(positions, self.head_dim, self.rope_base)
         x_BTD = self.embed_norm(x_BTD)
-        for i, block in enumerate(self.blocks):
+        for i, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
+            layer = layer_of(rope, attend)
             with jax.named_scope(f"block_{i}"):
-                x_BTD = (nnx.remat(Block.__call__) if self.remat else Block.__call__)(block, x_BTD, rope, segments_BT)
+                x_BTD = (nnx.remat(layer) if self.remat else layer)(block, x_BTD)
         with jax.named_scope("final_norm"):
             return self.norm(x_BTD)
 
@@ -194,6 +202,15 @@ class GPT(nnx.Module):
         """Of `hidden`'s output, in float32."""
         logits = self.head(x).astype(jnp.float32)
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+
+def layer_of(rope: tuple[Array, Array], attend: Attend) -> Callable[[Block, Array], Array]:
+    """(block, x_BTD) -> x_BTD, for rematerialisation, which takes no function among its arguments."""
+
+    def layer(block: Block, x_BTD: Array) -> Array:
+        return block(x_BTD, rope, attend)
+
+    return layer
 
 
 def identity(x: Array) -> Array:

@@ -51,7 +51,7 @@ def flops_per_token(model: ModelConfig) -> int:
     Chowdhery et al. 2022 (PaLM), arXiv:2204.02311, appendix B; like nanochat it counts the keys of a full row, not its causal half.
     """
     counts = count_parameters(model)
-    return 6 * (counts.total - counts.embedding) + 12 * model.depth * model.width * model.span
+    return 6 * (counts.total - counts.embedding) + 12 * model.width * sum(model.spans)
 
 
 def state_bytes(model: ModelConfig) -> int:

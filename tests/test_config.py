@@ -102,8 +102,19 @@ def test_depth_sets_the_rest_by_hand(depth, head_dim, width, heads, hidden):
     assert ModelConfig(depth=depth, head_dim=head_dim, ffn="relu2").hidden == 4 * width
 
 
+def test_a_pattern_says_which_layers_have_the_window_and_ends_long():
+    def windows(depth: int, pattern: str) -> tuple:
+        return ModelConfig(depth=depth, window=8, window_pattern=pattern).windows
+
+    assert windows(6, "SSSL") == (8, 8, 8, None, 8, None)
+    assert windows(5, "SL") == (8, None, 8, None, None)
+    assert windows(1, "SSSL") == (None,)
+    assert windows(3, "S") == (8, 8, 8)
+    assert ModelConfig(depth=3).windows == (None, None, None)
+
+
 def test_a_window_beyond_the_row_spans_the_row():
-    assert [ModelConfig(seq_len=100, window=w).span for w in (None, 5, 100, 101)] == [100, 5, 100, 100]
+    assert [ModelConfig(depth=1, seq_len=100, window=w).spans[0] for w in (None, 5, 100, 101)] == [100, 5, 100, 100]
 
 
 def test_the_nanochat_block_takes_changes():
@@ -119,6 +130,8 @@ def test_the_nanochat_block_takes_changes():
         (lambda: ModelConfig(d_model=1000), "d_model=1000 must be a multiple of head_dim=128; try --d-model 1024"),
         (lambda: ModelConfig(n_kv_head=4), "n_head=6 must be a multiple of n_kv_head=4; try --n-kv-head 3"),
         (lambda: ModelConfig(n_kv_head=12), "n_head=6 must be a multiple of n_kv_head=12; try --n-kv-head 6"),
+        (lambda: ModelConfig(window_pattern="SSXL", window=4), "window_pattern='SSXL' must be made of S and L; try SSSL"),
+        (lambda: ModelConfig(window_pattern="SL"), "window_pattern=SL needs a window for its S; add --window 512"),
         (lambda: ModelConfig(window=0), "window=0 must be above 0"),
         (lambda: ModelConfig(softcap=float("inf")), "softcap=inf must be above 0"),
         (lambda: ModelConfig(rope_base=1.0), "rope_base=1.0 must be above 1; try 100000"),

@@ -154,6 +154,11 @@ def test_a_window_hides_keys_and_layers_widen_it(tiny_model):
     assert (influence(*tiny_model(depth=2, window=3), embedded(), 8) > 0).tolist() == [4 <= s <= 8 for s in range(T)]
 
 
+def test_a_pattern_gives_each_layer_its_own_window(tiny_model):
+    # S sees 3 keys, L all: the last layer, L, reaches every token before.
+    assert (influence(*tiny_model(depth=2, window=3, window_pattern="SL"), embedded(), 8) > 0).tolist() == [s <= 8 for s in range(T)]
+
+
 def test_documents_of_one_row_have_no_influence_on_each_other(tiny_model):
     segments = jnp.array([[1] * 5 + [2] * 7])
     assert (influence(*tiny_model(), embedded(), 9, segments) > 0).tolist() == [5 <= s <= 9 for s in range(T)]
