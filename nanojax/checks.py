@@ -37,8 +37,8 @@ def check_types(config: Any) -> None:
             raise UserError(f"{name}={value!r:.60} must be one of these: {wanted.replace('NoneType', 'None')}")
         if isinstance(value, int) and abs(value) >= LARGEST:
             raise UserError(f"{name}={value:.3g} must be below {LARGEST}; write a smaller number")
-        if value == "" and name not in ("mesh", "prompt", "run"):
-            raise UserError(f"{name} must not be empty; leave it out to have it derived")
+        if value == "" and name not in ("mesh", "prompt"):
+            raise UserError(f"{name} must not be empty; {'leave it out to have it derived' if fits(None, hint) else 'give one'}")
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -25,6 +25,9 @@ POSITIONAL: Any = tyro.conf.Positional
 RUN: Any = tyro.conf.arg(metavar="RUN")
 OUT: Any = tyro.conf.arg(metavar="OUT")
 """Annotate a field with the word that stands for its value in the help."""
+DATA_PATH: Any = tyro.conf.arg(name="data.path")
+DATA_GLOB: Any = tyro.conf.arg(name="data.glob")
+"""Annotate fields that are flags of the data wherever they appear."""
 FLAGS_OF_ALL = ("--help", "--debug")
 
 
@@ -69,6 +72,16 @@ def flags(spec: Any, prefix: str = "") -> list[str]:
                 head, _, tail = whole.rpartition(".")
                 found.append(f"--{head + '.' if head else ''}no-{tail}")
     return found
+
+
+def value_of(flag: str, argv: Sequence[str]) -> str | None:
+    """What follows a flag, as `--flag value` or `--flag=value`; None where it is not given."""
+    for arg, after in zip(argv, [*argv[1:], None], strict=True):
+        if arg == flag:
+            return after
+        if arg.startswith(f"{flag}="):
+            return arg.partition("=")[2]
+    return None
 
 
 def one_line(box: str) -> str:

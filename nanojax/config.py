@@ -356,28 +356,40 @@ def check_four_bit(c: TrainConfig) -> None:
     if c.fp4_recipe == "full" and c.precision not in ("auto", "nvfp4_2d"):
         raise UserError(f"fp4_recipe=full has weights in nvfp4_2d, given precision={c.precision}; drop --precision")
     if c.precision != "int4" and c.int4_group != FORMATS["int4"].block:
-        raise UserError(f"int4_group={c.int4_group} needs precision=int4, given {c.precision}; the other formats' blocks are fixed")
+        raise UserError(
+            f"int4_group={c.int4_group} needs precision=int4, given {c.precision}, whose blocks are fixed; "
+            f"write --int4-group {FORMATS['int4'].block}"
+        )
     for name in ("fp4_head", "fp4_skip_first", "fp4_skip_last"):
         if c.four_bit is None and getattr(c, name):
-            raise UserError(f"{name} needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}")
+            off = {"fp4_head": "--no-fp4-head", "fp4_skip_first": "--fp4-skip-first 0", "fp4_skip_last": "--fp4-skip-last 0"}[name]
+            raise UserError(f"{name} needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}, or {off}")
     if c.four_bit is None and c.fp4_until < 1:
-        raise UserError(f"fp4_until needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}")
+        raise UserError(
+            f"fp4_until needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}, or --fp4-until 1"
+        )
 
 
 def check_blocks(model: ModelConfig, c: TrainConfig) -> None:
     """Raise UserError where the blocks of a 4-bit format do not divide the matrices that are rounded to it, or none is left."""
     first, last = c.fp4_skip_first, c.fp4_skip_last or 0
-    if first + last >= model.depth and not c.fp4_head:
+    if first + last >= model.depth and (first + last > model.depth or not c.fp4_head):
         raise UserError(f"fp4_skip_first={first} and fp4_skip_last={last} leave none of {model.depth} blocks in 4 bits; skip fewer")
     name, block = c.four_bit or "", c.fp4_block
     across = FORMATS[name].across
     for what, size, n, remedy in (
         ("d_model", model.width, block, f"--d-model {nearest_multiple(model.width, math.lcm(block, model.head_dim))}"),
         ("d_ffn", model.hidden, block, f"--d-ffn {nearest_multiple(model.hidden, block)}"),
-        ("n_kv_head * head_dim", model.kv_heads * model.head_dim, across, f"--head-dim {nearest_multiple(model.head_dim, across)}"),
+        ("n_kv_head * head_dim", model.kv_heads * model.head_dim, across, f"--n-kv-head {smallest_fit(model, across)}"),
         ("seq_len", model.seq_len, block if c.fp4_recipe == "full" else 1, f"--seq-len {nearest_multiple(model.seq_len, block)}"),
     ):
         if size % n:
             groups = [str(g) for g in (64, 128, 256) if name == "int4" and size % g == 0]
             also = f", or --int4-group {groups[-1]}" if groups else ""
             raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")
+
+
+def smallest_fit(model: ModelConfig, across: int) -> int:
+    """Fewest key and value heads, no fewer than there are, whose width `across` divides and that divide the query heads."""
+    fits = [k for k in range(model.kv_heads, model.n_head) if model.n_head % k == 0 and k * model.head_dim % across == 0]
+    return min(fits, default=model.n_head)

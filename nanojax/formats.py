@@ -34,6 +34,8 @@ def block_shape(shape: tuple[int, ...], format: str, axis: int, block: int | Non
         raise ValueError(f"{format} has blocks of {known.block}, given {block}; only int4 takes others, of one or more")
     if known.across > 1 and len(shape) != 2:
         raise ValueError(f"{format} has blocks of {known.block} x {known.across} and takes a matrix, given shape {shape}")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"blocks lie along one of the axes of the array, given axis {axis} and shape {shape}")
     sizes = [known.across] * len(shape)
     sizes[axis] = block or known.block
     for at, (size, n) in enumerate(zip(shape, sizes, strict=True)):

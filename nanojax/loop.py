@@ -175,6 +175,8 @@ class Loop:
     """Of prepared weights."""
     tokenizer_sha256: str
     stop_after: int | None
+    on_first_save: Callable[[], None] | None = None
+    """Called once, when the first checkpoint of this process is on disk."""
     initial: float | None = None
     """Validation bits per byte before the first step."""
 
@@ -250,6 +252,10 @@ class Loop:
         config = self.program.config
         own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
         self.checkpoints.save(state, own | {"data": self.loader.get_state()})
+        if self.on_first_save:
+            self.checkpoints.wait()
+            self.on_first_save()
+            self.on_first_save = None
 
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""

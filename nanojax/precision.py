@@ -62,8 +62,8 @@ class Rounding:
         ends = ((0, self.first), (self.end, depth))
         skipped = [f"block {a}" if b == a + 1 else f"blocks {a} to {b - 1}" for a, b in ends if a < b]
         words += f" but for {' and '.join(skipped)}" if skipped else ""
-        words += ", and the head" if self.head else ""
         words += ", activations and gradients too (emulated; evaluated without)" if train.fp4_recipe == "full" else ""
+        words += ", and the head's weights" if self.head else ""
         return words + (f" up to step {round(train.fp4_until * config.steps)}" if train.fp4_until < 1 else "")
 
 

@@ -17,11 +17,12 @@ from nanojax.errors import UserError
 from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer, write_atomically
 
-# Fields that may change between a run and its continuation: none of them moves the weights beyond rounding.
+# Fields that may change between a run and its continuation: none of them moves the weights beyond rounding, and what the full 4-bit
+# recipe draws for a microbatch.
 FREE_ON_RESUME = frozenset(
     {
         "data.cache", "data.path", "data.tokenizer", "train.attn_impl", "train.eval_every", "train.eval_tokens", "train.keep",
-        "train.loss_blocks", "train.mesh", "train.micro_batch", "train.remat", "train.save_every",
+        "train.init_from", "train.loss_blocks", "train.mesh", "train.micro_batch", "train.remat", "train.save_every",
     }
 )  # fmt: skip
 
@@ -114,14 +115,16 @@ class RunFolder:
         source = self.path / "config.json"
         try:
             record = json.loads(source.read_text())
+            if isinstance(record, dict) and "nanojax" in record:
+                raise UserError("it is that of an export: give the run that it was made from")
             config = Config.from_dict(record["config"])
             if None in (config.train.steps, config.train.batch_tokens):
                 raise UserError("steps and batch_tokens must be numbers")
             return config, {name: str(record[name]) for name in ("tokenizer_sha256", "text_sha256")}
         except FileNotFoundError:
-            raise UserError(f"a run's folder holds config.json, and {self.path} does not; give the --out of a training run") from None
+            raise UserError(f"a run's folder holds config.json, and {self.path} does not; give the folder of a training run") from None
         except OSError as error:
-            raise UserError(f"cannot read {source}: {error.strerror}; give the --out of a training run") from error
+            raise UserError(f"cannot read {source}: {error.strerror}; give the folder of a training run") from error
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{source} is not a run's config ({error}); restore it or train again") from error
 

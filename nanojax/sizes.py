@@ -80,10 +80,15 @@ def resolve(config: Config, vocab_size: int) -> Config:
         reference = count_parameters(dataclasses.replace(model, depth=12, d_model=None, n_kv_head=None, d_ffn=None, head_dim=128)).scaling
         batch = round_up(2 ** round(math.log2(2**19 * (scaling / reference) ** 0.383)), model.seq_len)
     steps = train.steps or max(1, round(train.tokens_per_param * scaling / batch))
-    last = train.fp4_skip_last
-    if last is None:
-        last = min(model.depth - 1, math.ceil(FULL_RECIPE_SKIPS * model.depth)) if train.fp4_recipe == "full" else 0
+    if train.fp4_until < 1 and not 0 < (switch := round(train.fp4_until * steps)) < steps:
+        raise UserError(f"fp4_until={train.fp4_until} of {steps} steps is after step {switch}, and must be in their midst; try 0.82")
+    last = skipped_last(model, train.fp4_recipe) if train.fp4_skip_last is None else train.fp4_skip_last
     return dataclasses.replace(config, model=model, train=dataclasses.replace(train, batch_tokens=batch, steps=steps, fp4_skip_last=last))
+
+
+def skipped_last(model: ModelConfig, recipe: str) -> int:
+    """Last blocks that a 4-bit recipe leaves out unless told otherwise; at least one block stays in it."""
+    return min(model.depth - 1, math.ceil(FULL_RECIPE_SKIPS * model.depth)) if recipe == "full" else 0
 
 
 def micro_batch(config: Config, replicas: int) -> int:

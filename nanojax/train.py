@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from nanojax.checks import check_types, parse_window, require_positive
-from nanojax.cli import FLAT, parse, split_preset
+from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
 from nanojax.errors import UserError, run_main
 
@@ -64,6 +65,10 @@ def main(argv: Sequence[str]) -> None:
         config = resolve(command.config, data.tokenizer.n_vocab)
         if command.resume:
             folder.check_resume(config, data, allow=command.allow)
+            if folder.finished(config) and command.allow:
+                raise UserError(
+                    f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}"
+                )
             if folder.finished(config):
                 print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
                 return
@@ -80,16 +85,9 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
     words = dict(prog="nanojax train [PRESET.py]", description=main.__doc__ or "")
     config, rest = split_preset(argv)
     preset = Path(argv[0]).stem if len(rest) < len(argv) else None
+    if preset is None and "--resume" in rest and (out := value_of("--out", rest)):
+        config = saved_config(Path(out))  # before anything is parsed: flags are checked beside the fields that they go with
     command = parse(TrainCommand, rest, default=TrainCommand(config=config), **words)
-    if command.resume and preset is None and command.out:
-        from nanojax.runs import RunFolder
-
-        folder = RunFolder(Path(command.out))
-        folder.require_resumable()
-        saved, _ = folder.read()
-        # Its vocabulary is the padded one, for which the corpus would give another tokenizer.
-        saved = replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
-        command = parse(TrainCommand, rest, default=TrainCommand(config=saved), **words)
     check_types(command)
     if command.profile is not None:
         parse_window(command.profile)
@@ -100,6 +98,20 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")
     return command, preset or "default"
+
+
+def saved_config(path: Path) -> Config:
+    """That of a run to go on with, its own tokenizer named, and what follows from other fields left to follow."""
+    from nanojax.runs import RunFolder
+    from nanojax.sizes import skipped_last
+
+    folder = RunFolder(path)
+    folder.require_resumable()
+    saved, _ = folder.read()
+    if saved.train.fp4_skip_last == skipped_last(saved.model, saved.train.fp4_recipe):
+        saved = replace(saved, train=replace(saved.train, fp4_skip_last=None))
+    # Its vocabulary is the padded one, for which the corpus would give another tokenizer.
+    return replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
 
 
 def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, started: float) -> None:
@@ -139,9 +151,11 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         else:
             state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-        folder.write(config, data)
+            folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
+        if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
+            loop.on_first_save = functools.partial(folder.write, config, data)
         with loop:
             state, outcome = loop.run(state, saved, interrupts, started)
     folder.write_json("summary.json", outcome)

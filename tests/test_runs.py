@@ -13,6 +13,7 @@ from nanojax.checkpoint import Checkpoints
 from nanojax.errors import Interrupted, UserError
 from nanojax.evals.command import main as eval_main
 from nanojax.program import make_program
+from nanojax.runs import RunFolder
 
 FOUR_BIT = ("--precision", "nvfp4")
 
@@ -60,6 +61,31 @@ def test_a_run_goes_on_in_another_precision_when_it_is_allowed_to_and_back(prese
     assert "precision nvfp4" in said
     rows = [r["step"] for r in quantised.records if "loss" in r]
     assert rows == list(range(1, 41))
+
+
+def test_a_config_is_rewritten_when_a_checkpoint_bears_it_out(presets, start, tmp_path):
+    out = tmp_path / "run"
+    start(presets["modern"], *FOUR_BIT, "--stop-after", "3", out=out, expect=Interrupted)
+    flags = ("--precision", "mxfp4", "--allow", "precision", "--resume")
+    with pytest.raises(RuntimeError, match="killed"):
+        start(presets["modern"], *flags, out=out, at=(5, fail))
+    assert RunFolder(out).read()[0].train.precision == "nvfp4"
+    start(presets["modern"], *flags, "--stop-after", "6", out=out, expect=Interrupted)
+    assert RunFolder(out).read()[0].train.precision == "mxfp4"
+    # Without a preset, flags are read beside the run's own fields.
+    start(None, "--resume", "--fp4-skip-last", "1", "--allow", "precision", "--stop-after", "8", out=out, expect=Interrupted)
+    assert RunFolder(out).read()[0].train.fp4_skip_last == 1
+    start(None, "--resume", "--fp4-skip-last", "0", "--allow", "precision", "--stop-after", "9", out=out, expect=Interrupted)
+    full = ("--fp4-recipe", "full", "--precision", "auto")
+    start(None, "--resume", *full, "--allow", "precision", "--stop-after", "10", out=out, expect=Interrupted)
+    assert RunFolder(out).read()[0].train.fp4_skip_last == 1, "the recipe leaves out what it leaves out in a new run"
+    start(None, "--resume", out=out)
+    with pytest.raises(UserError, match=r"is complete, and has no step left to train otherwise; start anew with --init-from"):
+        start(None, "--resume", "--precision", "nvfp4", "--fp4-recipe", "weights", "--allow", "precision", out=out)
+
+
+def fail():
+    raise RuntimeError("killed")
 
 
 def test_allowing_the_precision_allows_nothing_else(presets, start, quantised):

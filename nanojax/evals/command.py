@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 from nanojax.checks import check_types, require_positive
-from nanojax.cli import POSITIONAL, RUN, parse
+from nanojax.cli import DATA_GLOB, DATA_PATH, POSITIONAL, RUN, parse
 from nanojax.config import Attention
 
 
@@ -21,9 +21,9 @@ class EvalCommand:
     """Folder of a training run, or of an export."""
     eval_tokens: int | None = None
     """Validation tokens. Derived: as many as the run's own."""
-    path: str | None = None
+    path: Annotated[str | None, DATA_PATH] = None
     """Folder of text to take instead of the run's (data.path)."""
-    glob: str | None = None
+    glob: Annotated[str | None, DATA_GLOB] = None
     """Pattern of files below that folder, each a document (data.glob)."""
     cache: str | None = None
     """Folder for token shards, packing plans and compiled programs. Derived: the run's own; of an export, the default one."""

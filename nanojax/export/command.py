@@ -64,6 +64,22 @@ def choose(config: Config, command: ExportCommand, trained: str) -> Target:
     return Target(format, group, "even", f"{format}, post-training quantisation, trained in {was}")
 
 
+def require_fit(config: Config, command: ExportCommand) -> None:
+    """Raise UserError unless the blocks of the format that is asked for divide the matrices of the run, naming those that do."""
+
+    def misfit(format: str) -> UserError | None:
+        try:
+            layout.quantized_config(config, format, (command.int4_group or config.train.int4_group) if format == "int4" else None)
+        except UserError as error:
+            return error
+        return None
+
+    if command.format in FORMATS and (error := misfit(command.format)):
+        rule = str(error).split("; the nearest")[0]
+        others = ", ".join(["bf16", *(format for format in FORMATS if misfit(format) is None)])
+        raise UserError(f"{rule}; of this run's sizes, --format may be {others}") from error
+
+
 def main(argv: Sequence[str]) -> None:
     """Write the newest checkpoint of a run as safetensors that `nanojax eval` and `nanojax sample` take in place of the run."""
     command = parse(ExportCommand, argv, prog="nanojax export", description=main.__doc__ or "")
@@ -73,8 +89,9 @@ def main(argv: Sequence[str]) -> None:
     config, hashes = folder.read()
     folder.require_checkpoint()
     tokenizer = folder.tokenizer()
-    if command.format in FORMATS:  # the config's own check that blocks divide the matrices
-        layout.quantized_config(config, command.format, command.int4_group or config.train.int4_group)
+    require_fit(config, command)
+    if folder.path.resolve() in out.resolve().parents:
+        raise UserError(f"an export gets a folder of its own, and {out} lies in that of the run; give another OUT")
     require_new(out)
 
     import jax
@@ -85,9 +102,9 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.program import keep_compiled_programs, make_program
 
     keep_compiled_programs(config.data.cache)
-    program = make_program(unplaced(config), jax.devices()[:1])
     checkpoints = Checkpoints(folder.checkpoints)
     step = checkpoints.latest or 0
+    program = make_program(unplaced(config), jax.devices()[:1])
     target = choose(config, command, program.phase(step).precision)
     params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
     checkpoints.close()

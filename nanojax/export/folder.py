@@ -155,7 +155,7 @@ def digest_of(path: Path) -> str:
 def require_new(out: Path) -> None:
     """Make the folder for an export. Raises UserError when it holds something, or cannot be written."""
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(not left.name.startswith(".") for left in out.iterdir())):
             raise UserError(f"an export gets a folder of its own, and {out} is not an empty one; give another OUT, or delete it")
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanojax.checks import round_up
 from nanojax.config import Attention, Config
 from nanojax.export.folder import Export, is_export, open_export
 from nanojax.runs import RunFolder, unplaced
@@ -41,7 +42,7 @@ class Source:
 
         parts = read_parts(self.export) if self.export else {}  # first: a model of the sizes that it claims takes long to trace
         keep_compiled_programs(self.config.data.cache)
-        program = make_program(self.config, devices)
+        program = make_program(even_rows(self.config, len(devices or jax.devices())), devices)
         shardings = program.shardings.params
         with jax.set_mesh(program.mesh):
             if self.export:
@@ -53,6 +54,12 @@ class Source:
             weights = phase.prepare(checkpoints.restore_params(program.shapes.params, shardings))
             checkpoints.close()
             return Model(program, weights, step, phase.precision)
+
+
+def even_rows(config: Config, devices: int) -> Config:
+    """The config with as many rows a step as all devices can share evenly: they are no longer trained on."""
+    rows = round_up(config.batch_tokens // config.model.seq_len, devices)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_tokens=rows * config.model.seq_len))
 
 
 @dataclass(frozen=True)

@@ -125,17 +125,18 @@ fake_quant.defvjp(fake_quant_forward, fake_quant_backward)
 
 def pack(codes: UInt8[Array, ...], axis: int = -1) -> UInt8[Array, ...]:
     """Two codes a byte along `axis`, element 2i in the low four bits. Raises ValueError when that axis is odd."""
+    if codes.dtype != jnp.uint8 or not -codes.ndim <= axis < codes.ndim:
+        raise ValueError(f"codes are a uint8 array that is packed along one of its axes, given {codes.dtype} {codes.shape}, axis {axis}")
     if codes.shape[axis] % 2:
         raise ValueError(f"codes are packed in pairs along axis {axis}, given shape {codes.shape}; add one code of 0")
-    pairs = jnp.moveaxis(codes, axis, -1).reshape(-1, 2)
-    whole = jnp.moveaxis(codes, axis, -1).shape[:-1]
-    return jnp.moveaxis((pairs[:, 0] | (pairs[:, 1] << 4)).reshape(*whole, -1), -1, axis)
+    last = jnp.moveaxis(codes, axis, -1)
+    return jnp.moveaxis(last[..., ::2] | (last[..., 1::2] << 4), -1, axis)
 
 
 def unpack(packed: UInt8[Array, ...], axis: int = -1) -> UInt8[Array, ...]:
     """Inverse of `pack`."""
     last = jnp.moveaxis(packed, axis, -1)
-    codes = jnp.stack([last & 15, last >> 4], axis=-1).reshape(*last.shape[:-1], -1)
+    codes = jnp.stack([last & 15, last >> 4], axis=-1).reshape(*last.shape[:-1], 2 * last.shape[-1])
     return jnp.moveaxis(codes, -1, axis)
 
 

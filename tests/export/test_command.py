@@ -120,7 +120,10 @@ def test_the_summary_and_the_folder(runs, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--format", "int4"], "d_model=64 must be a multiple of the 128 that share a scale in int4; .*--int4-group 64"),
+        (
+            ["--format", "int4"],
+            "d_model=64 must be a multiple of the 128 that share a scale in int4; .* --format may be bf16, nvfp4, nvfp4_2d, mxfp4",
+        ),
         (["--format", "int4", "--int4-group", "256"], "d_model=64 must be a multiple of the 256"),
         (["--int4-group", "64"], "int4_group=64 needs --format int4, given auto"),
         (["--format", "mxfp4", "--int4-group", "64"], "int4_group=64 needs --format int4, given mxfp4"),
@@ -140,6 +143,18 @@ def test_a_folder_that_holds_something_is_not_overwritten(runs, tmp_path):
         with pytest.raises(UserError, match=r"is not an empty one; give another OUT, or delete it"):
             main([str(runs.base.path), str(out)])
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_run_in_small_groups_goes_into_every_other_format(runs, tmp_path):
+    folder = runs.run(precision="int4", int4_group=64).path
+    for format in ("nvfp4", "mxfp4"):
+        main([str(folder), str(tmp_path / format), "--format", format])
+
+
+def test_an_export_does_not_go_into_its_run(runs):
+    folder = runs.run(precision="nvfp4").path
+    with pytest.raises(UserError, match="lies in that of the run; give another OUT"):
+        main([str(folder), str(folder / "checkpoints" / "99")])
 
 
 def test_an_export_is_not_exported_again(runs, tmp_path):

@@ -56,7 +56,7 @@ def test_eval_and_sample_take_either(runs, cache_dir, capsys, what):
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path):
-    with pytest.raises(UserError, match="give the --out of a training run"):
+    with pytest.raises(UserError, match="give the folder of a training run"):
         open_source(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")  # as an export that was interrupted leaves it
     with pytest.raises(UserError, match=r"an export's folder holds config\.json"):

@@ -30,7 +30,7 @@ def test_a_sample_begins_with_its_prompt_and_follows_its_seed(straight, capsys):
 
 def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(straight, config):
     """Also beyond the model's window, where the model sees the last 64 tokens."""
-    command = SampleCommand(run="", prompt="ba ko", tokens=80, temperature=0.0, seed=1)
+    command = SampleCommand(run="it", prompt="ba ko", tokens=80, temperature=0.0, seed=1)
     tokenizer = straight.folder.tokenizer()
     added = list(generate(open_source(straight.folder.path), command))
     ids = [tokenizer.bos, *tokenizer.encode("ba ko"), *added]
