@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanojax.cli import load_preset
     from nanojax.config import Config
+    from nanojax.infer.engine import Engine
     from nanojax.model import GPT
 
 __version__ = "0.1.0"
 
 # Public names, imported when first used, so that `nanojax --help` never imports jax.
-_PUBLIC = {"Config": "nanojax.config", "load_preset": "nanojax.cli", "GPT": "nanojax.model"}
-__all__ = ["GPT", "Config", "__version__", "load_preset"]  # lazily, by __getattr__
+_PUBLIC = {"Config": "nanojax.config", "load_preset": "nanojax.cli", "GPT": "nanojax.model", "Engine": "nanojax.infer.engine"}
+__all__ = ["GPT", "Config", "Engine", "__version__", "load_preset"]  # lazily, by __getattr__
 
 
 def __getattr__(name: str) -> Any:

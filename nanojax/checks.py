@@ -23,6 +23,11 @@ def nearest_divisor(n: int, k: int) -> int:
     return min([*small, *(n // d for d in small)], key=lambda d: (abs(d - k), d))
 
 
+def fitting_divisor(n: int, least: int, size: int, multiple: int) -> int:
+    """The smallest divisor of n, from `least` on, that makes a multiple of `multiple` when times `size`; n if there is none."""
+    return min([d for d in range(least, n) if n % d == 0 and d * size % multiple == 0], default=n)
+
+
 def nearest_multiple(x: int, n: int) -> int:
     """The multiple of n nearest to x, and at least n."""
     return max(n, round(x / n) * n)

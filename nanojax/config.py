@@ -12,11 +12,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from nanojax.checks import check_types, nearest_divisor, nearest_multiple, parse_mesh, require_positive, require_share, round_up
+from nanojax.checks import (
+    check_types,
+    nearest_divisor,
+    parse_mesh,
+    require_positive,
+    require_share,
+    round_up,
+)
 from nanojax.errors import UserError
 from nanojax.formats import FORMATS
+from nanojax.four_bit import check_blocks, check_four_bit
 
-Attention = Literal["auto", "cudnn", "xla", "reference"]
+Attention = Literal["auto", "te", "cudnn", "xla", "reference"]
 ComputeDtype = Literal["auto", "fp32", "bf16"]
 Precision = Literal["auto", "fp32", "bf16", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
 Recipe = Literal["weights", "full"]
@@ -193,6 +201,8 @@ class DataConfig:
     """best_fit: every row starts a document and the rest of a cropped one is dropped. concat: nothing is dropped, rows start anywhere."""
     mask_documents: bool = False
     """Hide the documents packed into one row from each other."""
+    max_documents: int = 64
+    """Most documents in a row, with mask_documents; kernels that mask take time and memory for as many."""
     val_fraction: float = 0.02
     """Share of the documents held out for validation; at least one."""
 
@@ -202,6 +212,15 @@ class DataConfig:
             raise UserError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1; try 0.02")
         if self.glob is not None and self.path is None:
             raise UserError(f"data.glob={self.glob!r} needs a folder to search; add --data.path DIR")
+        if self.max_documents < 2:
+            raise UserError(f"data.max_documents={self.max_documents} must be at least 2, or nothing is packed; the default is 64")
+        if self.max_documents != type(self).max_documents and not self.mask_documents:
+            raise UserError(f"data.max_documents={self.max_documents} is for documents hidden from each other; add --data.mask-documents")
+
+    @property
+    def documents(self) -> int | None:
+        """Most documents in a row that are hidden from each other; None where nothing is hidden, and any number packed."""
+        return self.max_documents if self.mask_documents else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -345,51 +364,3 @@ class Config:
         for section, values in self.to_dict().items():
             lines += [f"{section}.{name} = {value!r}" for name, value in values.items()]
         return "\n".join(lines) + "\n"
-
-
-def check_four_bit(c: TrainConfig) -> None:
-    """Raise UserError on 4-bit settings that say nothing, or too much, for the precision they go with."""
-    require_positive("fp4_skip_first", c.fp4_skip_first, zero=True)
-    require_positive("fp4_skip_last", c.fp4_skip_last or 0, zero=True)
-    if not 0 < c.fp4_until <= 1:
-        raise UserError(f"fp4_until={c.fp4_until} must be above 0 and at most 1, the whole run; try 0.82")
-    if c.fp4_recipe == "full" and c.precision not in ("auto", "nvfp4_2d"):
-        raise UserError(f"fp4_recipe=full has weights in nvfp4_2d, given precision={c.precision}; drop --precision")
-    if c.precision != "int4" and c.int4_group != FORMATS["int4"].block:
-        raise UserError(
-            f"int4_group={c.int4_group} needs precision=int4, given {c.precision}, whose blocks are fixed; "
-            f"write --int4-group {FORMATS['int4'].block}"
-        )
-    for name in ("fp4_head", "fp4_skip_first", "fp4_skip_last"):
-        if c.four_bit is None and getattr(c, name):
-            off = {"fp4_head": "--no-fp4-head", "fp4_skip_first": "--fp4-skip-first 0", "fp4_skip_last": "--fp4-skip-last 0"}[name]
-            raise UserError(f"{name} needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}, or {off}")
-    if c.four_bit is None and c.fp4_until < 1:
-        raise UserError(
-            f"fp4_until needs a 4-bit precision, given {c.precision}; add --precision, one of {', '.join(FORMATS)}, or --fp4-until 1"
-        )
-
-
-def check_blocks(model: ModelConfig, c: TrainConfig) -> None:
-    """Raise UserError where the blocks of a 4-bit format do not divide the matrices that are rounded to it, or none is left."""
-    first, last = c.fp4_skip_first, c.fp4_skip_last or 0
-    if first + last >= model.depth and (first + last > model.depth or not c.fp4_head):
-        raise UserError(f"fp4_skip_first={first} and fp4_skip_last={last} leave none of {model.depth} blocks in 4 bits; skip fewer")
-    name, block = c.four_bit or "", c.fp4_block
-    across = FORMATS[name].across
-    for what, size, n, remedy in (
-        ("d_model", model.width, block, f"--d-model {nearest_multiple(model.width, math.lcm(block, model.head_dim))}"),
-        ("d_ffn", model.hidden, block, f"--d-ffn {nearest_multiple(model.hidden, block)}"),
-        ("n_kv_head * head_dim", model.kv_heads * model.head_dim, across, f"--n-kv-head {smallest_fit(model, across)}"),
-        ("seq_len", model.seq_len, block if c.fp4_recipe == "full" else 1, f"--seq-len {nearest_multiple(model.seq_len, block)}"),
-    ):
-        if size % n:
-            groups = [str(g) for g in (64, 128, 256) if name == "int4" and size % g == 0]
-            also = f", or --int4-group {groups[-1]}" if groups else ""
-            raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")
-
-
-def smallest_fit(model: ModelConfig, across: int) -> int:
-    """Fewest key and value heads, no fewer than there are, whose width `across` divides and that divide the query heads."""
-    fits = [k for k in range(model.kv_heads, model.n_head) if model.n_head % k == 0 and k * model.head_dim % across == 0]
-    return min(fits, default=model.n_head)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from nanojax.checks import MESH_AXES, nearest_divisor
 from nanojax.config import ModelConfig
 from nanojax.errors import UserError
+from nanojax.ops.attention import AttentionFn
 
 # Logical axis -> mesh axis. A parameter's axes are named where it is made, in model.py.
 RULES = (
@@ -78,6 +79,25 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     table = dict(RULES)
     return jax.lax.with_sharding_constraint(x, P(*(table[axis] if axis else None for axis in axes)))
+
+
+def per_shard(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
+    """The same attention, called on every device with its own rows and heads, so that no partitioner must understand its kernel."""
+    if mesh.size == 1:
+        return attention
+    table = dict(RULES)
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None, segments_BT=None):
+        def local(q_BTNH, k_BTKH, v_BTKH, *segments):
+            return attention(q_BTNH, k_BTKH, v_BTKH, window=window, segments_BT=segments[0] if segments else None)
+
+        segments = () if segments_BT is None else (segments_BT,)
+        q, kv = (P(table["batch"], None, table[heads], None) for heads in ("heads", "kv_heads"))
+        specs = (q, kv, kv, *(P(table["batch"], None) for _ in segments))
+        # Unchecked, because a kernel's own primitives do not say over which axes their results vary.
+        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, *segments)
+
+    return attend
 
 
 def parameter_shardings(axes: Mapping[str, tuple[str, ...]], mesh: Mesh) -> dict[str, NamedSharding]:

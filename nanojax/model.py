@@ -171,12 +171,15 @@ class GPT(nnx.Module):
 
     def hidden(self, tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """What the head reads: the last block's output, normalised."""
+        return self.from_embeddings(self.embed(tokens_BT), segments_BT)
+
+    def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Rows of the embedding, in the compute dtype."""
         with jax.named_scope("embed"):
             # From the fp32 table, so that its gradient, a scatter-add with many collisions, is summed in fp32. Rows are gathered whole:
             # a width that stayed sharded would collide with the batch on the same mesh axis.
             table_VD = place(self.embedding[...], "vocab", None)
-            x_BTD = place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", None, None)
-        return self.from_embeddings(x_BTD, segments_BT)
+            return place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", None, None)
 
     def from_embeddings(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """`hidden` of rows that are embedded already."""

@@ -20,7 +20,9 @@ from nanojax.checks import parse_mesh
 from nanojax.config import Config
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
-from nanojax.ops.attention import BACKENDS, resolve
+from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
+from nanojax.ops.attention_check import self_test
+from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.optim import optimizer, schedule
@@ -46,6 +48,8 @@ class Site:
     attention: str
     why: str
     """Why this backend, and why not the faster ones."""
+    request: Request
+    """What it is asked for."""
     compute: str
     """Format of the activations."""
     precision: str
@@ -84,7 +88,8 @@ class Phase:
     precision: str
     prepare: Callable[[dict[str, Array]], dict[str, Array]]
     """Master weights -> those that products read."""
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    train_step: jax.stages.Wrapped
+    """jitted (TrainState, batch) -> (TrainState, metrics)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +110,24 @@ class Program(Site):
     def phase(self, step: int) -> Phase:
         """The phase that step number `step` runs in, and that the model it leaves is evaluated in; 0 is before the first."""
         return self.phases[-1 if step > round(self.config.train.fp4_until * self.config.steps) else 0]
+
+    def self_test(self) -> str:
+        """How near to the reference the attention is on this device, in words. Raises UserError, naming it, where it is wrong or fails."""
+        with attention_told():
+            return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
+
+    def check_step(self, state: TrainState) -> str:
+        """Compile the step after `state`, and say which attention kernels it calls. Raises UserError where the backend's own are missing.
+
+        The program stays with the jitted function, so the first step compiles nothing more; for that, `state` must be the real one.
+        """
+        from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
+
+        shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
+        tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
+        text = self.phase(int(state.step) + 1).train_step.lower(state, Batch(tokens, tokens, tokens)).compile().as_text()
+        with attention_told():
+            return f"attention: compiled step calls {compiled_kernels(self.attention, text or '')}"
 
     @property
     def parameters(self) -> int:
@@ -130,6 +153,15 @@ def out_of_memory_told() -> Iterator[None]:
         raise UserError(f"the devices are out of memory ({what}); try a smaller --micro-batch, --remat, or fsdp in --mesh") from error
 
 
+@contextlib.contextmanager
+def attention_told() -> Iterator[None]:
+    """Turn what ops say about a backend into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
 def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
@@ -138,18 +170,29 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     compute, precision = formats(config, platform)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas) * replicas
-    try:
-        attention, why = resolve(
-            config.train.attn_impl,
-            platform=platform,
-            dtype=DTYPES[compute],
-            head_dim=config.model.head_dim,
-            packed=config.data.mask_documents,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    capabilities = [c for device in mesh.devices.flat if (c := getattr(device, "compute_capability", None))]
+    request = Request(
+        platform=platform,
+        capability=min(capabilities, key=float, default=None),
+        dtype=DTYPES[compute],
+        rows=rows // replicas,
+        tokens=config.model.seq_len,
+        heads=config.model.n_head // mesh.shape["tensor"],
+        kv_heads=config.model.kv_heads // mesh.shape["tensor"],
+        head_dim=config.model.head_dim,
+        windows=tuple(dict.fromkeys(config.model.windows)),
+        documents=config.data.documents,
+    )
+    with attention_told():
+        attention, why = resolve(config.train.attn_impl, request)
     accumulation = config.batch_tokens // (config.model.seq_len * rows)
-    return Site(config, mesh, attention, why, compute, precision, rows, accumulation)
+    return Site(config, mesh, attention, why, request, compute, precision, rows, accumulation)
+
+
+def attention_of(site: Site) -> AttentionFn:
+    """The backend that a site chose, on all of its devices."""
+    attend = make_attention(site.attention, site.request.documents)
+    return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS else attend
 
 
 def make_program(config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None) -> Program:
@@ -160,10 +203,11 @@ def make_program(config: Config, devices: list[jax.Device] | None = None, *, pre
     """
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
+    attend = attention_of(site)
 
     def build(key: Array) -> GPT:
         product = full_recipe_dot if train.fp4_recipe == "full" else dot
-        return GPT(config.model, attention=BACKENDS[site.attention], key=key, compute_dtype=dtype, dot=product, remat=train.remat)
+        return GPT(config.model, attention=attend, key=key, compute_dtype=dtype, dot=product, remat=train.remat)
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))

@@ -131,8 +131,11 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     keep_compiled_programs(config.data.cache)
     program = make_program(config)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
-    plan = load_or_make(data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed)
+    cap = config.data.documents
+    plan = load_or_make(data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap)
     print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
+    if program.platform == "gpu":
+        print(program.self_test(), flush=True)
     loader = Loader(
         data.train,
         plan,
@@ -152,6 +155,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             folder.write(config, data)
+        print(program.check_step(state), flush=True)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends

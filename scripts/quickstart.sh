@@ -11,7 +11,7 @@ compgen -G "$run/checkpoints/[0-9]*" > /dev/null && resume=--resume   # run agai
 
 echo
 echo 'A sample, prompt "def ":'
-.venv/bin/nanojax sample $run --prompt 'def ' --tokens 150 --seed 1
+.venv/bin/nanojax sample $run --prompt 'def ' --tokens 100 --seed 1
 cat <<END
 
 The loss curve is in $run/loss.png, every number in $run/metrics.jsonl and $run/summary.json.

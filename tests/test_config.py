@@ -24,7 +24,7 @@ CHANGED = Config(
     model=ModelConfig(depth=3, softcap=15.0, window=7, n_kv_head=1, ffn="relu2"),
     train=TrainConfig(steps=5, mesh="data=2,fsdp=2", remat=True, precision="bf16", compute_dtype="bf16"),
     optim=OptimConfig(betas=(0.9, 0.99), momentum=(0.5, 0.6), clip=None, reference_batch=None),
-    data=DataConfig(path="texts", glob="**/*.py", mask_documents=True, packing="concat"),
+    data=DataConfig(path="texts", glob="**/*.py", mask_documents=True, max_documents=9, packing="concat"),
 )
 
 
@@ -140,6 +140,8 @@ def test_the_nanochat_block_takes_changes():
         (lambda: OptimConfig(warmdown=1.5), "optim.warmdown=1.5 must lie between 0 and 1"),
         (lambda: OptimConfig(betas=(0.9, 1.0)), "optim.betas=(0.9, 1.0) must lie in [0, 1); the default is (0.8, 0.95)"),
         (lambda: DataConfig(val_fraction=1.0), "data.val_fraction=1.0 must lie between 0 and 1; try 0.02"),
+        (lambda: DataConfig(max_documents=1, mask_documents=True), "data.max_documents=1 must be at least 2"),
+        (lambda: DataConfig(max_documents=9), "data.max_documents=9 is for documents hidden from each other; add --data.mask-documents"),
         (lambda: DataConfig(glob="*.py"), "data.glob='*.py' needs a folder to search; add --data.path DIR"),
         (lambda: TrainConfig(compute_dtype="bf16", precision="fp32"), "precision=fp32 needs fp32 activations"),
         (lambda: TrainConfig(mesh="data=2,model=2"), "given 'model=2'; try --mesh data=2,fsdp=2"),
@@ -148,9 +150,9 @@ def test_the_nanochat_block_takes_changes():
             lambda: Config(train=TrainConfig(batch_tokens=5000)),
             "batch_tokens=5000 must be a multiple of seq_len=2048; try --batch-tokens 6144",
         ),
-        (lambda: TrainConfig(fp4_head=True), "fp4_head needs a 4-bit precision, given auto; add --precision, one of int4, nvfp4"),
-        (lambda: TrainConfig(precision="bf16", fp4_skip_last=2), "fp4_skip_last needs a 4-bit precision, given bf16"),
-        (lambda: TrainConfig(fp4_until=0.5), "fp4_until needs a 4-bit precision, given auto"),
+        (lambda: TrainConfig(fp4_head=True), "fp4_head=True needs a 4-bit precision, given auto; add --precision, one of int4, nvfp4"),
+        (lambda: TrainConfig(precision="bf16", fp4_skip_last=2), "fp4_skip_last=2 needs a 4-bit precision, given bf16"),
+        (lambda: TrainConfig(fp4_until=0.5), "fp4_until=0.5 needs a 4-bit precision, given auto"),
         (lambda: TrainConfig(precision="nvfp4", fp4_until=0.0), "fp4_until=0.0 must be above 0 and at most 1, the whole run; try 0.82"),
         (lambda: TrainConfig(precision="nvfp4", int4_group=64), "int4_group=64 needs precision=int4, given nvfp4"),
         (lambda: TrainConfig(precision="nvfp4", fp4_recipe="full"), "fp4_recipe=full has weights in nvfp4_2d, given precision=nvfp4"),
@@ -184,7 +186,7 @@ def test_bad_values_are_refused_in_one_line_with_rule_value_and_remedy(make, wor
     [
         {"model": {"ffn": "gelu"}},
         {"model": {"norm": "layer"}},
-        {"train": {"attn_impl": "te"}},
+        {"train": {"attn_impl": "flash"}},
         {"train": {"compute_dtype": "fp16"}},
         {"data": {"packing": "x"}},
     ],

@@ -20,7 +20,17 @@ from jax.sharding import PartitionSpec as P
 from nanojax.checks import MESH_AXES
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import UserError
-from nanojax.mesh import BATCH_AXES, RULES, batch_sharding, check_divisible, make_mesh, moment_shardings, parameter_shardings, place
+from nanojax.mesh import (
+    BATCH_AXES,
+    RULES,
+    batch_sharding,
+    check_divisible,
+    make_mesh,
+    moment_shardings,
+    parameter_shardings,
+    per_shard,
+    place,
+)
 
 STEPS = 20
 SIZES = dict(depth=2, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512)
@@ -109,6 +119,39 @@ def collectives(hlo: str, mesh) -> dict[str, list[str]]:
     return {kind: sorted(axes) for kind, axes in found.items()}
 
 
+def per_shard_attention() -> dict:
+    """Attention called on each device with its own rows and heads: how far from the whole, and what a device sees of it."""
+    from jax.sharding import NamedSharding
+
+    from nanojax.ops.attention import reference_attention
+
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    rng, seen = np.random.default_rng(0), set()
+    q, k, v, cotangent = (rng.standard_normal((8, 12, heads, 16)).astype(np.float32) for heads in (4, 2, 2, 4))
+    segments = (1 + np.cumsum(rng.random((8, 12)) < 0.3, axis=1)).astype(np.int32)
+
+    def seen_reference(q, k, v, **sight):
+        seen.add(str((q.shape, k.shape, sight["segments_BT"].shape)))
+        return reference_attention(q, k, v, **sight)
+
+    def with_gradients(attention):
+        def run(q, k, v, cotangent, segments):
+            out, vjp = jax.vjp(jax.checkpoint(lambda *qkv: attention(*qkv, window=5, segments_BT=segments)), q, k, v)
+            return out, *vjp(cotangent)
+
+        return jax.jit(run)
+
+    want = with_gradients(reference_attention)(q, k, v, cotangent, segments)
+    heads, rows = NamedSharding(mesh, P(BATCH_AXES, None, "tensor")), NamedSharding(mesh, P(BATCH_AXES))
+    placed = [*(jax.device_put(x, heads) for x in (q, k, v, cotangent)), jax.device_put(segments, rows)]
+    with jax.set_mesh(mesh):
+        step = with_gradients(per_shard(seen_reference, mesh))
+        got = step(*placed)
+        text = step.lower(*placed).compile().as_text()
+    off = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(got, want, strict=True)]
+    return {"off": off, "seen": sorted(seen), "collectives": collectives(text, mesh), "specs": [str(x.sharding.spec) for x in got]}
+
+
 def groups_of(line: str) -> list[list[int]]:
     """Device groups of an HLO collective, in each of XLA's notations.
 
@@ -144,7 +187,8 @@ def measure(cache: str) -> dict:
 
     jax.config.update("jax_num_cpu_devices", 8)
     keep_compiled_programs(cache)  # `lower` compiles what the steps compiled: this makes it free
-    return {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
+    runs = {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
+    return runs | {"per_shard": per_shard_attention()}
 
 
 # In pytest -----------------------------------------------------------------------------------------------------------------------------
@@ -163,6 +207,21 @@ def test_eight_devices_lose_what_one_loses(runs):
     assert len(one) == len(eight) == STEPS
     assert one[-1] < 0.8 * one[0], "nothing was learnt, so nothing was compared"
     np.testing.assert_allclose(eight, one, rtol=1e-5)  # fp32 sums in another order, carried through 20 updates
+
+
+def test_attention_per_shard_is_attention_and_devices_say_nothing_to_each_other(runs):
+    found = runs["per_shard"]
+    assert max(found["off"]) < 1e-5, found["off"]  # the same sums in float32
+    assert found["seen"] == ["((2, 12, 2, 16), (2, 12, 1, 16), (2, 12))"]
+    assert set().union(*found["collectives"].values()) <= {"none"}  # sums over context, which is one device
+    assert len({spec.replace(", None", "") for spec in found["specs"]}) == 1, found["specs"]
+
+
+def test_on_one_device_attention_is_called_as_it_is(mesh):
+    def attention(*qkv, **sight):
+        raise AssertionError("not called here")
+
+    assert per_shard(attention, mesh) is attention
 
 
 def test_every_moment_lies_as_its_parameter_does(runs):

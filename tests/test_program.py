@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
+from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.data.loader import Batch
+from nanojax.errors import UserError
+from nanojax.mesh import batch_sharding
+from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.program import make_program
 from nanojax.sizes import resolve
@@ -54,6 +58,55 @@ def test_a_run_has_one_phase_or_two_and_steps_know_theirs():
     program = program_of(precision="nvfp4", fp4_until=0.7)
     assert [program.phase(step).precision for step in range(11)] == 8 * ["nvfp4"] + 3 * ["fp32"]
     assert "up to step 7" in program.facts["precision"]
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """One microbatch of one block, which compiles soonest."""
+    model = dataclasses.replace(MODEL, depth=1)
+    train = dataclasses.replace(CONFIG.train, batch_tokens=32)
+    return make_program(resolve(dataclasses.replace(CONFIG, model=model, train=train), 128), jax.devices()[:1])
+
+
+def test_the_first_step_runs_what_the_check_compiled(quick):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name) if "backend_compile" in name else None)
+    with jax.set_mesh(quick.mesh):
+        state = quick.init(jax.random.key(0))
+        tokens = Batch(*(jax.device_put(x[:1], batch_sharding(quick.mesh)) for x in batch()))
+        compiled.clear()
+        assert quick.check_step(state) == "attention: compiled step calls no fused kernel"
+        assert len(compiled) == 1
+        new, _ = quick.phases[0].train_step(state, tokens)
+        again, _ = quick.phases[0].train_step(new, tokens)
+    assert len(compiled) == 1
+    assert quick.phases[0].train_step._cache_size() == 1
+    assert state.params["head.w"].is_deleted(), "donated"
+    assert int(again.step) == 2
+
+
+def test_a_step_that_lacks_the_kernel_of_its_backend_is_refused(quick):
+    program = dataclasses.replace(quick, attention="te")
+    with jax.set_mesh(quick.mesh), pytest.raises(UserError, match="attn_impl=te must call te_fused_attn_forward_ffi"):
+        program.check_step(quick.init(jax.random.key(0)))
+
+
+def test_the_self_test_takes_the_runs_own_kind_of_attention(quick):
+    assert re.fullmatch(r"attention: xla is at \d+% of the tolerated deviation", quick.self_test())
+    program = dataclasses.replace(quick, attention="te", request=dataclasses.replace(quick.request, head_dim=64))
+    with pytest.raises(UserError, match="attn_impl=te failed its self-test: ModuleNotFoundError"):
+        program.self_test()
+
+
+def test_attention_is_asked_for_what_one_device_has_to_do():
+    model = dataclasses.replace(MODEL, window=4, window_pattern="SL", n_kv_head=1)
+    data = DataConfig(mask_documents=True, max_documents=5)
+    config = dataclasses.replace(CONFIG, model=model, data=data)
+    request = make_program(resolve(config, 128), jax.devices()[:1]).request
+    assert request == Request(
+        platform="cpu", dtype=jnp.float32, rows=2, tokens=16, heads=2, kv_heads=1, head_dim=16, windows=(4, None), documents=5
+    )
+    assert program_of().request.documents is None
 
 
 def test_each_phase_prepares_and_trains_in_its_own_precision():

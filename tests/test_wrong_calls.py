@@ -190,7 +190,8 @@ QUICK = {
 DEVICE = {
     f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),
     f"{HERE} --mesh data=3,fsdp=2 --out d1": ("data=3,fsdp=2 makes 6, there are 1", "try --mesh data=1"),
-    f"{HERE} --attn-impl cudnn --out d2": ("cudnn", "--attn-impl"),
+    f"{HERE} --attn-impl cudnn --out d2": ("attn_impl=cudnn: cudnn runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
+    f"{HERE} --attn-impl te --out d4": ("attn_impl=te: te runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
     f"{HERE} --micro-batch 5 --out d3": ("micro_batch=5", "try --micro-batch 4"),
     # A checkpoint is read by orbax, which imports jax.
     "sample runs/finished": ("runs/finished/checkpoints", "older"),

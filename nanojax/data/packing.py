@@ -14,6 +14,7 @@ from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import heappop, heappush
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,13 +66,15 @@ class Plan:
         return int(np.diff(self.row_starts).max())
 
 
-def plan(offsets: np.ndarray, seq_len: int, packing: str, seed: int | None) -> Plan:
+def plan(offsets: np.ndarray, seq_len: int, packing: str, seed: int | None, max_documents: int | None = None) -> Plan:
     """Pack the documents [offsets[i], offsets[i + 1]) into rows; offsets int64 [documents + 1].
 
     The seed shuffles the documents (training); None keeps their order (validation). Documents shorter than two tokens are left out.
     `best_fit`: every row starts a document; the tail of a cropped document is dropped (nanochat/dataloader.py, January 2026).
     `concat`: one stream cut every T tokens. Rows overlap by one token, so that each token but the first is a target exactly once.
     In both the last, partial row is dropped. Raises UserError when that leaves none.
+    `max_documents` caps the documents of a row, at 2 or more. A row that would have more gets a document that fills it up (best_fit), or
+    goes without its shortest ones (concat); what that costs is part of `dropped`.
     """
     offsets = np.asarray(offsets, np.int64)
     lengths = np.diff(offsets)
@@ -83,15 +86,21 @@ def plan(offsets: np.ndarray, seq_len: int, packing: str, seed: int | None) -> P
     if usable < seq_len + 1:
         remedy = f"try --seq-len {usable - 1} or less, or more text" if usable >= MIN_DOCUMENT else "give it more text"
         raise UserError(f"a row takes seq_len + 1 = {seq_len + 1} tokens, given {usable} in {len(order)} documents; {remedy}")
-    row_starts, starts, segment_lengths = PACKERS[packing](offsets[order], lengths[order], seq_len)
+    row_starts, starts, segment_lengths = PACKERS[packing](offsets[order], lengths[order], seq_len, max_documents)
+    if max_documents is not None and len(row_starts) < 2:
+        raise UserError(
+            f"max_documents={max_documents} leaves no full row of {seq_len + 1} tokens, the documents are too short; "
+            f"try more --data.max-documents, or a shorter --seq-len"
+        )
     total = int(offsets[-1] - offsets[0])
     return Plan(packing=packing, seq_len=seq_len, n_tokens=total, row_starts=row_starts, starts=starts, lengths=segment_lengths)
 
 
-def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int, cap: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Repeatedly the largest of 1000 waiting documents that fits the rest of the row; if none does, the shortest, cropped.
 
-    Equally long documents go in the order of their arrival.
+    The last document of a capped row is the shortest that fills it; as long as none of those waiting does, the shortest of them is
+    dropped and the next let in. Equally long documents go in the order of their arrival.
     """
     capacity = rest = seq_len + 1
     last = (1 << ARRIVAL_BITS) - 1
@@ -100,8 +109,18 @@ def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np
     chosen, takes, row_starts = array("q"), array("i"), array("q", [0])
     while buffer:
         i = bisect_left(buffer, (rest + 1) << ARRIVAL_BITS) - 1  # the largest that fits
-        if i < 0:
-            i = bisect_left(buffer, ((buffer[0] >> ARRIVAL_BITS) + 1) << ARRIVAL_BITS) - 1  # the shortest
+        last_slot = cap is not None and len(chosen) - row_starts[-1] == cap - 1
+        if last_slot and (i < 0 or buffer[i] >> ARRIVAL_BITS < rest):
+            i += 1  # the next longer
+            fills = i < len(buffer)
+            i = _first_of_its_length(buffer, i if fills else 0)
+            if not fills:
+                buffer.pop(i)
+                if (waiting := next(keys, None)) is not None:
+                    insort(buffer, waiting)
+                continue
+        elif i < 0:
+            i = _first_of_its_length(buffer, 0)  # the shortest
         key = buffer.pop(i)
         take = min(key >> ARRIVAL_BITS, rest)
         chosen.append(last - (key & last))
@@ -116,6 +135,11 @@ def _best_fit(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np
     return np.array(row_starts, np.int64), starts[np.array(chosen, np.int64)[:n]], np.array(takes, np.int32)[:n]
 
 
+def _first_of_its_length(buffer: list[int], i: int) -> int:
+    """Index of the key that arrived first among those as long as buffer[i]."""
+    return bisect_left(buffer, ((buffer[i] >> ARRIVAL_BITS) + 1) << ARRIVAL_BITS) - 1
+
+
 def _keys(lengths: np.ndarray) -> Iterator[int]:
     """Integers that sort by length, and among equals from the last arrival to the first, so that bisect lands on the first."""
     if len(lengths) >> ARRIVAL_BITS or int(lengths.max()) >> 31:
@@ -128,8 +152,13 @@ def _keys(lengths: np.ndarray) -> Iterator[int]:
         yield from ((part << ARRIVAL_BITS) | ((1 << ARRIVAL_BITS) - 1 - arrival)).tolist()
 
 
-def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The stream of documents, cut: row r is its tokens [r T, r T + T]."""
+def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int, cap: int | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The stream of documents, cut: row r is its tokens [r T, r T + T]. With a cap, of those documents that `_keep` keeps."""
+    if cap is not None:
+        kept = _keep(lengths, seq_len, cap)
+        starts, lengths = starts[kept], lengths[kept]
+        if not len(lengths):
+            return np.zeros(1, np.int64), starts, lengths.astype(np.int32)
     ends = np.cumsum(lengths)
     begins = ends - lengths
     row_begins = np.arange((int(ends[-1]) - 1) // seq_len, dtype=np.int64) * seq_len
@@ -141,6 +170,30 @@ def _concat(starts: np.ndarray, lengths: np.ndarray, seq_len: int) -> tuple[np.n
     lo = np.maximum(begins[doc], np.repeat(row_begins, counts))
     hi = np.minimum(ends[doc], np.repeat(row_ends, counts))
     return row_starts, starts[doc] + lo - begins[doc], (hi - lo).astype(np.int32)
+
+
+def _keep(lengths: np.ndarray, seq_len: int, cap: int) -> np.ndarray:
+    """bool [documents]: which a capped stream has. A row that would have one document too many goes without its shortest one.
+
+    Of equally short ones the last; never the one that the row before ends in.
+    """
+    kept = np.ones(len(lengths), bool)
+    end, row_ends, count = 0, seq_len + 1, 0
+    shortest: list[tuple[int, int]] = []
+    for i, length in enumerate(lengths.tolist()):
+        if count:
+            heappush(shortest, (length, -i))
+        end += length
+        count += 1
+        if count > cap:
+            surplus, at = heappop(shortest)
+            kept[-at] = False
+            end -= surplus
+            count -= 1
+        if end >= row_ends:  # the last token of a row is the first of the next, and this document's
+            row_ends += (end - row_ends) // seq_len * seq_len + seq_len
+            shortest, count = [], 1
+    return kept
 
 
 PACKERS = {"best_fit": _best_fit, "concat": _concat}
@@ -169,14 +222,15 @@ def read_rows(store: TokenStore, plan: Plan, rows: Sequence[int]) -> tuple[np.nd
     return tokens_RU, segments_RU
 
 
-def load_or_make(store: TokenStore, *, seq_len: int, packing: str, seed: int | None) -> Plan:
+def load_or_make(store: TokenStore, *, seq_len: int, packing: str, seed: int | None, max_documents: int | None = None) -> Plan:
     """The plan of a store, memory-mapped from the file beside its shards; made and written first if there is none.
 
     The file's name carries a hash of the documents' offsets and of all arguments, so a plan never meets another corpus. Processes that
     make it at once write the same bytes, and the last rename wins.
     """
     offsets = np.ascontiguousarray(store.offsets, np.int64)
-    key = hashlib.blake2b(repr((VERSION, seq_len, packing, seed)).encode(), digest_size=8)
+    arguments = (VERSION, seq_len, packing, seed) if max_documents is None else (VERSION, seq_len, packing, seed, max_documents)
+    key = hashlib.blake2b(repr(arguments).encode(), digest_size=8)
     key.update(offsets.data)
     path = Path(store.folder) / f"plan-{store.split}-{packing}-T{seq_len}-{key.hexdigest()}.npy"
     try:
@@ -186,7 +240,7 @@ def load_or_make(store: TokenStore, *, seq_len: int, packing: str, seed: int | N
     except (OSError, ValueError, EOFError, SyntaxError) as error:
         warnings.warn(f"the packing plan {path} cannot be read ({error}); making it again", stacklevel=2)
     try:
-        made = plan(offsets, seq_len, packing, seed)
+        made = plan(offsets, seq_len, packing, seed, max_documents)
     except UserError as error:
         raise UserError(f"the {store.split} split in {store.folder}: {error}") from error
     try:

@@ -46,7 +46,8 @@ def evaluate(eval_step: Callable, weights: dict[str, Array], batches: Iterable[A
 def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], Validation]:
     """Prepared weights -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order."""
     config, mesh, n_vocab = program.config, program.mesh, data.tokenizer.n_vocab
-    plan = load_or_make(data.val, seq_len=config.model.seq_len, packing=config.data.packing, seed=None)
+    cap = config.data.documents
+    plan = load_or_make(data.val, seq_len=config.model.seq_len, packing=config.data.packing, seed=None, max_documents=cap)
     bytes_V = jax.device_put(bytes_table(data.tokenizer, config.model.vocab_size), replicated(mesh))
 
     def validate(weights: dict[str, Array]) -> Validation:

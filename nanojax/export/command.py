@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,10 @@ def require_fit(config: Config, command: ExportCommand) -> None:
 
     if command.format in FORMATS and (error := misfit(command.format)):
         rule = str(error).split("; the nearest")[0]
-        others = ", ".join(["bf16", *(format for format in FORMATS if misfit(format) is None)])
-        raise UserError(f"{rule}; of this run's sizes, --format may be {others}") from error
+        others = ["bf16", *(format for format in FORMATS if misfit(format) is None)]
+        groups = re.findall("--int4-group [0-9]+", str(error))
+        remedies = " or ".join([*groups, f"--format {'|'.join(others)}"])
+        raise UserError(f"{rule}; for this run's sizes try {remedies}") from error
 
 
 def main(argv: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""`nanojax sample RUN --prompt ...`: continue a text, one whole forward pass a token."""
+"""`nanojax sample RUN --prompt ...`: continue a text."""
 
 from __future__ import annotations
 
@@ -7,14 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from nanojax.checks import check_types
 from nanojax.cli import POSITIONAL, RUN, parse
 from nanojax.errors import UserError
-from nanojax.infer.load import Source, open_source
-from nanojax.infer.text import utf8_stream
+from nanojax.infer.load import open_source
+from nanojax.infer.params import SamplingParams
 from nanojax.tokenizer import clean
+
+if TYPE_CHECKING:
+    from nanojax.infer.engine import Engine
+
+SEPARATOR = "-" * 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,65 +36,66 @@ class SampleCommand:
     """0 takes the likeliest token each time; 1 samples the model's own distribution."""
     top_k: int = 50
     """Sample among this many likeliest tokens; 0: among all."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens that have this probability together; 1: among all."""
+    min_p: float = 0.0
+    """Sample among tokens at least this share as likely as the likeliest; 0: among all."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling; of several samples each has the next."""
+    n: int = 1
+    """Samples of the prompt. One is printed as it is made, several when all are."""
     cache: str | None = None
     """Folder for compiled programs. Derived: the run's own; of an export, the default one."""
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:  # what float32 logits bear
-            raise UserError(f"temperature={self.temperature} must be 0 or from 0.01 to 100; try 0.8")
-        for name in ("tokens", "top_k", "seed"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+        if self.n < 1:
+            raise UserError(f"n={self.n} must be at least 1")
+        self.params(0)
+
+    def params(self, i: int) -> SamplingParams:
+        """Of sample number i."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            seed=self.seed + i,
+            tokens=self.tokens,
+        )
 
 
 def main(argv: Sequence[str]) -> None:
     """Print the prompt and its continuation, as it is made."""
     command = parse(SampleCommand, argv, prog="nanojax sample", description=main.__doc__ or "")
-
     source = open_source(Path(command.run), cache=command.cache)
+
+    import jax
+
+    from nanojax.infer.engine import Engine
+
+    engine = Engine(source.load(jax.devices()[:1]), source.tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    sys.stdout.write(clean(command.prompt))
-    for text in utf8_stream(source.tokenizer.decode_bytes([token]) for token in generate(source, command)):
+    for text in samples(engine, command):
         sys.stdout.write(text)
         sys.stdout.flush()
-    print()
 
 
-def generate(source: Source, command: SampleCommand) -> Iterator[int]:
-    """Tokens that follow the prompt, until <|bos|> starts another document."""
-    import jax
-    import jax.numpy as jnp
-
-    from nanojax.model import merge
-
-    tokenizer = source.tokenizer
-    model = source.load(jax.devices()[:1])  # a row of one prompt gives others nothing to do
-    window, n_vocab = source.config.model.seq_len, tokenizer.n_vocab
-
-    @jax.jit
-    def next_token(weights, row_T, last, key):
-        gpt = merge(model.program.graph, weights)
-        x_BD = gpt.hidden(row_T[None])[:, last]
-        logits_V = gpt.logits(x_BD)[0, :n_vocab]  # not the padding of the vocabulary
-        if command.top_k:
-            floor = jax.lax.top_k(logits_V, min(command.top_k, n_vocab))[0][-1]
-            logits_V = jnp.where(logits_V < floor, -jnp.inf, logits_V)
-        if command.temperature == 0:
-            return jnp.argmax(logits_V)
-        return jax.random.categorical(key, logits_V / command.temperature)
-
-    with jax.set_mesh(model.program.mesh):
-        ids = [tokenizer.bos, *tokenizer.encode(command.prompt)]
-        key = jax.random.key(command.seed)
-        for n in range(command.tokens):
-            row = ids[-window:]
-            padded = jnp.array(row + [tokenizer.bos] * (window - len(row)), jnp.int32)
-            token = int(next_token(model.weights, padded, len(row) - 1, jax.random.fold_in(key, n)))
-            if token == tokenizer.bos:
-                return
-            ids.append(token)
-            yield token
+def samples(engine: Engine, command: SampleCommand) -> Iterator[str]:
+    """All that is printed, as it is made. That a text filled the context goes to stderr."""
+    prompt, tokenizer = clean(command.prompt), engine.tokenizer
+    if command.n == 1:
+        stream = engine.stream(prompt, command.params(0))  # refused here, before the prompt is printed
+        yield prompt
+        finishes = [(yield from stream)]
+    else:
+        pieces = engine.generate([engine.encode(prompt)] * command.n, list(map(command.params, range(command.n))))
+        yield f"\n{SEPARATOR}\n".join(prompt + tokenizer.decode(piece.tokens) for piece in pieces)
+        finishes = [piece.finish for piece in pieces]
+    yield "\n"
+    if "context" in finishes:
+        note = (
+            f"the text ends where the context does, at seq_len={engine.context} tokens with the prompt; more needs a model of longer rows"
+        )
+        print(f"nanojax: {note}", file=sys.stderr)

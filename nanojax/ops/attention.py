@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from nanojax.ops import attention_te
+from nanojax.ops.attention_request import Request
 
+
+@runtime_checkable
 class AttentionFn(Protocol):
-    """Training attention, T == S. `window` counts keys including the token itself; `segments` hides other documents of the row."""
+    """Training attention, T == S. `window` counts keys including the token itself; segments hide other documents of the row.
+
+    They number its documents 1, 2, ... in their order, as data/packing.py does.
+    """
 
     def __call__(
         self,
@@ -69,41 +77,78 @@ def jax_attention(q_BTNH, k_BTKH, v_BTKH, *, implementation: Literal["cudnn", "x
 
 
 BACKENDS: Mapping[str, Callable[..., Array]] = {
+    "te": attention_te.te_attention,
     "cudnn": functools.partial(jax_attention, implementation="cudnn"),
     "xla": functools.partial(jax_attention, implementation="xla"),
     "reference": reference_attention,
 }
-AUTO_ORDER = ("cudnn", "xla")
+AUTO_ORDER = ("te", "cudnn", "xla")
+# Patterns of the custom calls, forward and backward, without which a compiled train step does not run that backend.
+KERNELS = {
+    "te": (r"te_fused_attn_forward_ffi", r"te_fused_attn_backward_ffi"),
+    "cudnn": (r"__cudnn\$fmha(?!\w*Backward)\w+", r"__cudnn\$fmha\w*Backward\w*"),
+}
 
 
-def refusal(name: str, *, platform: str, dtype: DTypeLike, head_dim: int, packed: bool) -> str | None:
-    """Why a backend cannot serve, or None when it can."""
-    if name != "cudnn":
-        return None
-    if platform not in ("gpu", "cuda"):
-        return f"cudnn runs on NVIDIA GPUs, and the device is a {platform}"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"cudnn takes bf16 or fp16, and activations are {jnp.dtype(dtype).name}"
-    if head_dim % 8 or head_dim > 128:
-        return f"cudnn takes head sizes up to 128 that 8 divides, given {head_dim}"
-    if packed:
+def make_attention(name: str, documents: int | None) -> AttentionFn:
+    """The backend, for rows of at most `documents` documents; None: of one."""
+    return functools.partial(BACKENDS[name], max_documents=documents) if name == "te" and documents is not None else BACKENDS[name]
+
+
+def cudnn_refusal(request: Request) -> str | None:
+    """Why jax's cudnn attention cannot serve a request, or None when it can."""
+    if request.platform not in ("gpu", "cuda"):
+        return f"cudnn runs on NVIDIA GPUs, and the device is a {request.platform}"
+    if request.capability is not None and float(request.capability) < 8:
+        return f"cudnn takes compute capability 8.0 or more, given {request.capability}"
+    if request.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cudnn takes bf16 or fp16, and activations are {jnp.dtype(request.dtype).name}"
+    if request.head_dim % 8 or request.head_dim > 128:
+        return f"cudnn takes head sizes up to 128 that 8 divides, given {request.head_dim}"
+    if request.documents is not None:
         return "cudnn has no segments, so it cannot hide documents from each other"
     return None
 
 
-def resolve(name: str, *, platform: str, dtype: DTypeLike, head_dim: int, packed: bool) -> tuple[str, str]:
+def no_refusal(request: Request) -> str | None:
+    """XLA's own products and masks serve everything."""
+    del request
+
+
+REFUSALS: Mapping[str, Callable[[Request], str | None]] = {
+    "te": attention_te.refusal,
+    "cudnn": cudnn_refusal,
+    "xla": no_refusal,
+    "reference": no_refusal,
+}
+
+
+def resolve(name: str, request: Request, refusals: Mapping[str, Callable[[Request], str | None]] = REFUSALS) -> tuple[str, str]:
     """(backend, why) for a named backend or `auto`, decided once at the start of a run.
 
     Raises ValueError when the named backend cannot serve: there is no silent fall-back.
     """
-    facts: dict[str, Any] = dict(platform=platform, dtype=dtype, head_dim=head_dim, packed=packed)
     if name != "auto":
-        if reason := refusal(name, **facts):
+        if reason := refusals[name](request):
             raise ValueError(f"attn_impl={name}: {reason}; try --attn-impl auto")
         return name, "asked for"
     reasons = []
     for candidate in AUTO_ORDER:
-        if (reason := refusal(candidate, **facts)) is None:
+        if (reason := refusals[candidate](request)) is None:
             return candidate, "; ".join(reasons) or "fastest that can serve"
         reasons.append(reason)
     raise AssertionError("xla serves everything")
+
+
+def compiled_kernels(name: str, text: str) -> str:
+    """Which fused attention kernels a compiled train step calls and how often, in words, from its HLO text.
+
+    Raises ValueError where one that the backend consists of is missing.
+    """
+    found = Counter(re.findall(r'custom_call_target="(te_fused_attn_\w+|__cudnn\$fmha\w+)"', text))
+    words = ", ".join(f"{target} ({n})" for target, n in sorted(found.items())) or "no fused kernel"
+    if missing := [pattern for pattern in KERNELS.get(name, ()) if not any(re.fullmatch(pattern, target) for target in found)]:
+        raise ValueError(
+            f"attn_impl={name} must call {' and '.join(missing)}, and the compiled step calls {words}; try another --attn-impl"
+        )
+    return words

@@ -125,6 +125,76 @@ def test_concat_makes_each_token_a_target_once_but_the_first_and_the_tail(length
         assert ((np.diff(segments) == 1) == (np.diff(documents) != 0)).all()
 
 
+def test_a_row_of_best_fit_with_too_many_documents_ends_in_one_that_fills_it():
+    offsets = np.cumsum([0, 3, 2, 2, 6, 9])  # rows of 7
+    free = [[(7, 6), (3, 1)], [(0, 3), (5, 2), (13, 2)]]
+    assert slices(plan(offsets, 6, "best_fit", None)) == slices(plan(offsets, 6, "best_fit", None, 3)) == free
+    capped = plan(offsets, 6, "best_fit", None, 2)
+    assert slices(capped) == [[(7, 6), (3, 1)], [(0, 3), (13, 4)]]
+    assert capped.dropped == pytest.approx(8 / 22)
+    # 3 has no other beside it that fills its row: the 2 that waits is dropped, and with it the partial row.
+    assert slices(plan(offsets[:5] - [0, 0, 0, 0, 1], 6, "best_fit", None, 2)) == [[(7, 5), (3, 2)]]
+
+
+def test_a_row_of_concat_with_too_many_documents_goes_without_the_shortest():
+    offsets = np.cumsum([0, 3, 2, 3, 2, 4, 4])  # rows of 7, overlapping by one
+    assert slices(plan(offsets, 6, "concat", None)) == [[(0, 3), (3, 2), (5, 2)], [(6, 2), (8, 2), (10, 3)]]
+    assert slices(plan(offsets, 6, "concat", None, 3)) == slices(plan(offsets, 6, "concat", None))
+    # Of 3, 2 the 2 goes, then of 3, 3 the later 3, of 3, 2 the 2; with 4 the row is full, and of 4, 4 nothing is left over.
+    capped = plan(offsets, 6, "concat", None, 2)
+    assert slices(capped) == [[(0, 3), (10, 4)]]
+    assert capped.dropped == pytest.approx(11 / 18)
+
+
+@pytest.mark.parametrize("how", PACKINGS)
+@given(LENGTHS, st.integers(1, 8), st.integers(0, 9) | st.none(), st.integers(2, 4))
+def test_no_row_has_more_documents_than_the_cap_and_what_is_lost_is_told(how, lengths, seq_len, seed, cap):
+    store = MemoryStore(lengths)
+    try:
+        made = plan(store.offsets, seq_len, how, seed, cap)
+    except UserError:  # no row can be had; a test below holds its words
+        return
+    rows = [read_row(store, made, row) for row in range(made.rows)]
+    assert made.max_segments == max(segments[-1] for _, segments in rows) <= cap
+    for tokens, segments in rows:
+        documents = np.searchsorted(store.offsets, tokens, side="right")
+        assert len(tokens) == seq_len + 1
+        assert ((np.diff(segments) == 1) == (np.diff(documents) != 0)).all()
+        assert (np.diff(tokens.astype(int))[np.diff(segments) == 0] == 1).all()
+    held = np.concatenate([tokens for tokens, _ in rows])
+    assert made.dropped == pytest.approx(1 - len(np.unique(held)) / sum(lengths))
+    assert len(held) - len(np.unique(held)) == (made.rows - 1 if how == "concat" else 0)
+    if how == "concat":
+        assert all(before[-1] == after[0] for (before, _), (after, _) in pairwise(rows))
+
+
+@pytest.mark.parametrize("how", PACKINGS)
+@given(LENGTHS, st.integers(1, 8), st.integers(0, 9) | st.none())
+def test_a_cap_that_no_row_reaches_changes_no_row(how, lengths, seq_len, seed):
+    free = plan(np.cumsum([0, *lengths]), seq_len, how, seed)
+    capped = plan(np.cumsum([0, *lengths]), seq_len, how, seed, max(2, free.max_segments))
+    assert slices(capped)[: free.rows] == slices(free)  # one more row may come of the tail, which would have had too many documents
+
+
+@pytest.mark.parametrize("how", PACKINGS)
+@pytest.mark.parametrize("count", [5, 6])
+def test_a_row_may_have_exactly_as_many_documents_as_the_cap_and_not_one_more(how, count):
+    offsets = np.cumsum([0, *[10] * count, *[60] * 9])
+    made = plan(offsets, 10 * count - 1, how, None, 5)
+    first = [start for start, _ in slices(made)[0]]
+    if how == "best_fit":  # the sixth place is not there: the fifth document must fill the row
+        assert first == ([0, 10, 20, 30, 40] if count == 5 else [60])
+    else:
+        assert first == ([0, 10, 20, 30, 40] if count == 5 else [0, 10, 20, 30, 60])
+    assert made.max_segments <= 5
+
+
+@pytest.mark.parametrize("how", PACKINGS)
+def test_documents_too_short_for_any_capped_row_are_refused_with_a_remedy(how):
+    with pytest.raises(UserError, match=r"max_documents=4 leaves no full row of 65 tokens.*try more --data.max-documents"):
+        plan(np.arange(200) * 4, 64, how, None, 4)
+
+
 @pytest.mark.parametrize("how", PACKINGS)
 def test_documents_shorter_than_two_tokens_are_left_out(how):
     made = plan(np.cumsum([0, 1, 0, 6, 1, 0, 5]), seq_len=4, packing=how, seed=None)
@@ -177,7 +247,15 @@ def test_other_arguments_and_other_corpora_have_plans_of_their_own(tmp_path):
     for args in [(4, "best_fit", 0), (4, "best_fit", 1), (4, "best_fit", None), (5, "best_fit", 0), (4, "concat", 0)]:
         load_or_make(MemoryStore([9, 8, 7], tmp_path), **dict(zip(("seq_len", "packing", "seed"), args, strict=True)))
     load_or_make(MemoryStore([9, 7, 8], tmp_path), seq_len=4, packing="best_fit", seed=0)
-    assert len(list(tmp_path.iterdir())) == 6
+    for cap in (2, 3, 2):
+        assert load_or_make(MemoryStore([9, 8, 7], tmp_path), seq_len=4, packing="best_fit", seed=0, max_documents=cap).max_segments <= cap
+    assert len(list(tmp_path.iterdir())) == 8
+
+
+def test_a_plan_without_a_cap_keeps_the_name_that_its_file_always_had(tmp_path):
+    """A literal: were it to move, every corpus would be packed again."""
+    load_or_make(MemoryStore([9, 8, 7], tmp_path), seq_len=4, packing="best_fit", seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["plan-train-best_fit-T4-52b8b08aec2fe0a8.npy"]
 
 
 DAMAGE = {

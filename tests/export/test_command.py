@@ -18,8 +18,9 @@ from nanojax.errors import UserError
 from nanojax.evals.bpb import validator
 from nanojax.export.command import ExportCommand, ExportFormat, choose, main
 from nanojax.formats import FORMATS
+from nanojax.infer.engine import Engine
 from nanojax.infer.load import open_source
-from nanojax.infer.sample import SampleCommand, generate
+from nanojax.infer.params import SamplingParams
 
 
 def test_every_4_bit_format_can_be_exported():
@@ -47,12 +48,12 @@ def test_an_export_is_as_good_as_its_run_when_that_is_gone(runs, cache_dir, tmp_
     assert found == pytest.approx(trained, abs=1e-3)
     assert abs(found - runs_in_fp32(runs, data)) > 1e-3, "packing must be seen in the figure, or it proves nothing"
 
-    command = SampleCommand(run="run", prompt="ba ko", tokens=20, temperature=0.0)
-    added = list(generate(source, command))
-    with pytest.MonkeyPatch.context() as patch:  # the same loop over the same weights, from memory
-        patch.setattr(type(source), "load", lambda *_: dataclasses.replace(model, weights=rounded))
-        assert list(generate(source, command)) == added
-    assert len(added) > 5
+    ids = [[data.tokenizer.bos, *data.tokenizer.encode("ba ko")]]
+    greedy = SamplingParams(temperature=0.0, tokens=20)
+    loaded, remembered = source.load(), dataclasses.replace(model, weights=rounded)
+    (added,), (same,) = (Engine(each, data.tokenizer).generate(ids, greedy) for each in (loaded, remembered))
+    assert added.tokens == same.tokens
+    assert len(added.tokens) > 5
 
 
 def runs_in_fp32(runs, data) -> float:
@@ -122,7 +123,7 @@ def test_the_summary_and_the_folder(runs, tmp_path, capsys):
     [
         (
             ["--format", "int4"],
-            "d_model=64 must be a multiple of the 128 that share a scale in int4; .* --format may be bf16, nvfp4, nvfp4_2d, mxfp4",
+            "d_model=64 must be a multiple of the 128 that share a scale in int4; .*try --int4-group 64 or --format bf16.nvfp4",
         ),
         (["--format", "int4", "--int4-group", "256"], "d_model=64 must be a multiple of the 256"),
         (["--int4-group", "64"], "int4_group=64 needs --format int4, given auto"),

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import pytest
 from training import config, presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax.checkpoint import Checkpoints
-from nanojax.infer.load import open_source
-from nanojax.infer.sample import SampleCommand, generate
+from nanojax.errors import UserError
+from nanojax.infer.sample import SEPARATOR
 from nanojax.infer.sample import main as sample_main
 from nanojax.model import merge
 from nanojax.program import make_program
@@ -28,27 +28,48 @@ def test_a_sample_begins_with_its_prompt_and_follows_its_seed(straight, capsys):
     assert one != other
 
 
-def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(straight, config):
-    """Also beyond the model's window, where the model sees the last 64 tokens."""
-    command = SampleCommand(run="it", prompt="ba ko", tokens=80, temperature=0.0, seed=1)
+def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(straight, config, capsys):
+    """Up to the end of the context of 64 tokens, which is told."""
+    sample_main([str(straight.folder.path), "--prompt", "ba ko", "--tokens", "80", "--temperature", "0"])
+    text, said = capsys.readouterr()
+    assert "the text ends where the context does, at seq_len=64 tokens" in said
     tokenizer = straight.folder.tokenizer()
-    added = list(generate(open_source(straight.folder.path), command))
-    ids = [tokenizer.bos, *tokenizer.encode("ba ko"), *added]
-    assert len(ids) > 66, "the text must leave the window"
     program = make_program(config, jax.devices()[:1])
     checkpoints = Checkpoints(straight.folder.checkpoints)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    weights = program.phases[0].prepare(checkpoints.restore_params(program.shapes.params, program.shardings.params))
     checkpoints.close()
+    ids = [tokenizer.bos, *tokenizer.encode("ba ko")]
+    forward = jax.jit(lambda weights, tokens_BT: merge(program.graph, weights)(tokens_BT))
     with jax.set_mesh(program.mesh):
-        model = merge(program.graph, program.phases[0].prepare(params))
-        windows = np.array([ids[:64], *(ids[n : n + 64] for n in range(1, len(ids) - 63))], np.int32)
-        logits = np.asarray(model(jnp.asarray(windows)))[..., : tokenizer.n_vocab]
-    first = len(ids) - len(added)
-    inside = logits[0, first - 1 :].argmax(-1).tolist()
-    outside = logits[1:, -1].argmax(-1).tolist()
-    expected = inside + outside
-    assert expected[: len(added)] == added
+        while len(ids) < 65:
+            row = np.array([ids + [0] * (64 - len(ids))], np.int32)
+            ids.append(int(forward(weights, row)[0, len(ids) - 1, : tokenizer.n_vocab].argmax()))
+    assert text == tokenizer.decode(ids[1:]) + "\n"
+
+
+def test_several_samples_are_those_of_consecutive_seeds(straight, capsys):
+    one, two = (sample(straight, capsys, "--seed", seed) for seed in ("3", "4"))
+    assert sample(straight, capsys, "--seed", "3", "--n", "2") == one + SEPARATOR + "\n" + two
 
 
 def test_a_top_k_of_one_is_the_likeliest_token_too(straight, capsys):
     assert sample(straight, capsys, "--top-k", "1", "--seed", "5") == sample(straight, capsys, "--temperature", "0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--n", "0"], "n=0 must be at least 1"),
+        (["--top-p", "0"], "top_p=0.0 must be above 0"),
+        (["--min-p", "1"], "min_p=1.0 must be at least 0"),
+        (["--tokens", "-1"], "tokens=-1 must be at least 0"),
+        (["--prompt", "ba ko " * 100], "a prompt must fit seq_len=64"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_refused_in_one_line_and_nothing_is_printed(straight, capsys, flags, words):
+    with pytest.raises(UserError) as refused:
+        sample_main([str(straight.folder.path), *flags])
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not capsys.readouterr().out

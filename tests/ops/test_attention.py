@@ -1,7 +1,8 @@
-"""Attention backends: the reference against loops, every other one against the reference, and the resolver."""
+"""Attention backends: the reference against loops, XLA's against the reference, the resolver, and what a compiled step calls."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import typing
@@ -12,13 +13,17 @@ import numpy as np
 import pytest
 
 from nanojax.config import Attention
-from nanojax.ops.attention import BACKENDS, resolve
+from nanojax.ops.attention import AUTO_ORDER, BACKENDS, KERNELS, REFUSALS, Request, compiled_kernels, make_attention, resolve
 
-HEADS = {"MHA": (3, 3, 16), "GQA": (8, 2, 64), "MQA": (4, 1, 16)}  # query heads, key heads, head size
+HEADS = {"MHA": (3, 3, 128), "GQA": (8, 2, 64), "MQA": (4, 1, 128)}  # query heads, key heads, head size
 T = 13
 CASES = list(itertools.product(HEADS, (None, 5), (False, True)))
-GPU = dict(platform="gpu", dtype=jnp.bfloat16, head_dim=128, packed=False)
-CPU = dict(platform="cpu", dtype=jnp.float32, head_dim=128, packed=False)
+OTHER_SIZES = list(itertools.product(("3,3,64", "8,2,128", "4,1,64"), (None, 5), (False, True)))
+GPU = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=32, tokens=2048, heads=6, kv_heads=6, head_dim=128)
+CPU = dataclasses.replace(GPU, platform="cpu", capability=None, dtype=jnp.float32)
+# The answers of a machine where TE is installed, and of one where it is not.
+WITH_TE = {**REFUSALS, "te": lambda request: None}
+WITHOUT_TE = {**REFUSALS, "te": lambda request: "te is not installed"}
 
 
 def inputs(heads: str, packed: bool = False, *, tokens: int = T, dtype=jnp.float32, seed: int = 0):
@@ -60,7 +65,7 @@ def test_the_reference_equals_loops(heads, window, packed):
     np.testing.assert_allclose(got, loops(q, k, v, window, segments), atol=5e-6)  # float32 sums of 64 products and 13 weights
 
 
-@pytest.mark.parametrize(("heads", "window", "packed"), CASES)
+@pytest.mark.parametrize(("heads", "window", "packed"), [*CASES, *OTHER_SIZES])
 def test_xla_equals_the_reference_forward_and_backward(heads, window, packed):
     *arrays, segments = inputs(heads, packed)
     got, want = (with_gradients(name, *arrays, segments, window) for name in ("xla", "reference"))
@@ -118,50 +123,111 @@ def test_bfloat16_in_is_bfloat16_out(name):
 
 def test_one_table_and_the_command_line_know_the_same_backends():
     assert set(BACKENDS) | {"auto"} == set(typing.get_args(Attention))
+    assert set(REFUSALS) == set(BACKENDS)
+    assert set(KERNELS) | set(AUTO_ORDER) <= set(BACKENDS)
 
 
-def test_auto_on_a_cpu_is_xla_and_says_why_not_cudnn():
-    assert resolve("auto", **CPU) == ("xla", "cudnn runs on NVIDIA GPUs, and the device is a cpu")
+def test_auto_on_a_cpu_is_xla_and_says_why_nothing_faster():
+    te, cudnn = "te runs on NVIDIA GPUs, and the device is a cpu", "cudnn runs on NVIDIA GPUs, and the device is a cpu"
+    assert resolve("auto", CPU) == ("xla", f"{te}; {cudnn}")
 
 
-def test_auto_on_a_gpu_is_cudnn():
-    assert resolve("auto", **GPU)[0] == "cudnn"
+def test_auto_on_a_gpu_is_te_then_cudnn_then_xla():
+    assert resolve("auto", GPU, WITH_TE) == ("te", "fastest that can serve")
+    assert resolve("auto", GPU, WITHOUT_TE) == ("cudnn", "te is not installed")
+    assert resolve("auto", dataclasses.replace(GPU, documents=8), WITHOUT_TE)[0] == "xla"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (dict(platform="cpu"), "the device is a cpu"),
-        (dict(packed=True), "cannot hide documents"),
+        (dict(documents=64), "cannot hide documents"),
         (dict(dtype=jnp.float32), "activations are float32"),
         (dict(head_dim=256), "given 256"),
         (dict(head_dim=36), "given 36"),
+        (dict(capability="7.5"), "given 7.5"),
     ],
 )
 def test_a_named_backend_that_cannot_serve_raises_and_auto_goes_on_with_the_same_reason(change, reason):
+    request = dataclasses.replace(GPU, **change)
     with pytest.raises(ValueError, match=reason) as caught:
-        resolve("cudnn", **(GPU | change))
+        resolve("cudnn", request, WITHOUT_TE)
     assert "\n" not in str(caught.value)
     assert "attn_impl=cudnn" in str(caught.value)
-    name, why = resolve("auto", **(GPU | change))
+    assert "try --attn-impl auto" in str(caught.value)
+    name, why = resolve("auto", request, WITHOUT_TE)
     assert name == "xla"
+    assert why.startswith("te is not installed; ")
     assert reason in why
+
+
+@pytest.mark.parametrize("change", [dict(capability="10.3"), dict(tokens=2047), dict(windows=(None, 64)), dict(head_dim=64, kv_heads=1)])
+def test_cudnn_serves_new_devices_odd_lengths_windows_and_few_keys(change):
+    assert resolve("cudnn", dataclasses.replace(GPU, **change)) == ("cudnn", "asked for")
+
+
+def test_a_backend_is_asked_about_the_whole_request():
+    asked = []
+    resolve("auto", GPU, {**REFUSALS, "te": asked.append})
+    assert asked == [GPU]
+
+
+def test_te_that_is_named_and_refuses_raises():
+    with pytest.raises(ValueError, match="attn_impl=te: te is not installed; try --attn-impl auto"):
+        resolve("te", GPU, WITHOUT_TE)
 
 
 @pytest.mark.parametrize("name", ["xla", "reference"])
 def test_a_named_backend_that_can_serve_is_taken(name):
-    assert resolve(name, **CPU)[0] == name
+    assert resolve(name, CPU) == (name, "asked for")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("heads", ["4,4,64", "8,2,64", "4,4,128", "8,2,128", "8,1,128"])
-@pytest.mark.parametrize(("tokens", "window"), [(128, None), (128, 17), (77, None), (77, 17)])
-def test_cudnn_equals_the_reference_forward_and_backward(heads, tokens, window):
-    q, k, v, cotangent, _ = inputs(heads, tokens=tokens, dtype=jnp.bfloat16)
-    got = with_gradients("cudnn", q, k, v, cotangent, None, window)
-    want = with_gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v, cotangent)), None, window)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True):
-        assert a.dtype == jnp.bfloat16
-        # bf16 weights and output: 2 roundings of 2**-8 of the largest, and sums over up to 8 heads x 128 tokens of such terms
-        np.testing.assert_allclose(np.asarray(a, np.float64), b, atol=2e-2 * max(1.0, float(jnp.abs(b).max())), err_msg=name)
-        assert float(jnp.linalg.norm(a.astype(jnp.float32) - b) / jnp.linalg.norm(b)) < 1e-2, name  # and on average far better
+def test_only_te_is_told_how_many_documents_a_row_may_have():
+    assert {name: getattr(make_attention(name, 9), "keywords", {}).get("max_documents") for name in BACKENDS} == {
+        "te": 9, "cudnn": None, "xla": None, "reference": None,
+    }  # fmt: skip
+    assert make_attention("te", None) is BACKENDS["te"]
+
+
+def hlo(*targets: str) -> str:
+    """Lines as a compiled program has them."""
+    return "".join(
+        f'  %custom-call.{i} = (bf16[8,64]) custom-call(%p), custom_call_target="{target}", api_version=API_VERSION_TYPED_FFI\n'
+        for i, target in enumerate(targets)
+    )
+
+
+TE = ("te_fused_attn_forward_ffi", "te_fused_attn_backward_ffi")
+CUDNN = ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward")
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "words"),
+    [
+        ("te", (*TE, *TE, "cublas"), "te_fused_attn_backward_ffi (2), te_fused_attn_forward_ffi (2)"),
+        ("cudnn", (*CUDNN, CUDNN[0]), "__cudnn$fmhaSoftmax (2), __cudnn$fmhaSoftmaxBackward (1)"),
+        ("cudnn", ("__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaScaleBiasSoftmaxBackward"), "Bias"),
+        ("xla", ("__cublas$lt$matmul",), "no fused kernel"),
+        ("reference", (), "no fused kernel"),
+    ],
+)
+def test_a_compiled_step_is_read_for_the_kernels_that_it_calls(name, targets, words):
+    assert words in compiled_kernels(name, hlo(*targets))
+
+
+@pytest.mark.parametrize(
+    ("name", "targets", "words"),
+    [
+        ("te", (), "must call te_fused_attn_forward_ffi and te_fused_attn_backward_ffi, and the compiled step calls no fused kernel"),
+        ("te", CUDNN, "calls __cudnn"),
+        ("te", (TE[0],), "must call te_fused_attn_backward_ffi,"),
+        ("cudnn", (CUDNN[0],), "Backward"),
+        ("cudnn", (CUDNN[1],), "calls __cudnn.fmhaSoftmaxBackward .1."),
+        ("cudnn", TE, "calls te_fused"),
+    ],
+)
+def test_a_step_without_the_kernels_of_its_backend_is_refused_in_one_line(name, targets, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        compiled_kernels(name, hlo(*targets))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,113 @@
+"""What the engine compiles: reading a piece of the prompts, and the loop that makes tokens.
+
+B batch, T tokens, N tokens of a stride, D model, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from nanojax.infer.sampling import Controls, draw
+from nanojax.model import GPT, merge
+from nanojax.ops.cache import Cache, cached_attention
+
+NO_TOKEN = -1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class State:
+    """A batch on its way."""
+
+    caches: tuple[Cache, ...]
+    """One a layer."""
+    logits_BV: Array
+    """Of each row's next token."""
+    length_B: Array
+    """Tokens of each row that its caches hold, or will when its prompt is read."""
+    made_B: Array
+    """Tokens that each row has added."""
+    done_B: Array
+
+
+class Asked(NamedTuple):
+    """What a batch is to be continued with; constant while it is."""
+
+    controls: Controls
+    budget_B: Int[Array, " B"]
+    """Most tokens that a row adds."""
+    stop_V: Bool[Array, " V"]
+    """Tokens that end a row."""
+
+
+def read(graph: nnx.GraphDef, weights: dict[str, Array], state: State, tokens_BT: Int[Array, "B T"], start: Int[Array, ""]) -> State:
+    """The state with one more piece of every prompt in its caches, from position `start` on."""
+    b, t = tokens_BT.shape
+    positions_BT = jnp.broadcast_to(start + jnp.arange(t)[None], (b, t))
+    valid_BT = positions_BT < state.length_B[:, None]
+    gpt = model_of(graph, weights)
+    x_BTD, caches = forward(gpt, tokens_BT, positions_BT, valid_BT, state.caches)
+    last_B = state.length_B - 1 - start
+    x_BD = x_BTD[jnp.arange(b), jnp.clip(last_B, 0, t - 1)]
+    ends_B = (last_B >= 0) & (last_B < t)
+    logits_BV = jnp.where(ends_B[:, None], logits(gpt, x_BD, state), state.logits_BV)
+    return dataclasses.replace(state, caches=caches, logits_BV=logits_BV)
+
+
+def add(
+    graph: nnx.GraphDef, weights: dict[str, Array], state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, filters: bool
+) -> tuple[State, Int[Array, "B N"]]:
+    """(state, tokens) after `limit` more tokens, at most `stride`, or fewer once all rows are done; NO_TOKEN where a row was."""
+
+    def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        n, state, tokens_BN = carry
+        token_B = draw(state.logits_BV, asked.controls, state.made_B, filters)
+        tokens_BN = tokens_BN.at[:, n].set(jnp.where(state.done_B, NO_TOKEN, token_B))
+        made_B = state.made_B + ~state.done_B
+        done_B = state.done_B | asked.stop_V[token_B] | (made_B >= asked.budget_B)
+        gpt = model_of(graph, weights)
+        x_BTD, caches = forward(gpt, token_B[:, None], state.length_B[:, None], ~done_B[:, None], state.caches)
+        return n + 1, State(caches, logits(gpt, x_BTD[:, 0], state), state.length_B + ~done_B, made_B, done_B), tokens_BN
+
+    def more(carry: tuple[Array, State, Array]) -> Array:
+        n, state, _ = carry
+        return (n < limit) & ~jnp.all(state.done_B)
+
+    none_BN = jnp.full((len(asked.budget_B), stride), NO_TOKEN, jnp.int32)
+    return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, none_BN))[1:]
+
+
+def forward(
+    gpt: GPT, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"], caches: tuple[Cache, ...]
+) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
+    """(what the head reads, caches with the valid tokens in them). `gpt` has no rematerialisation, which would trace the writing apart."""
+    written: list[Cache] = []
+
+    def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *, cache: Cache, window: int | None) -> Array:
+        y_BTNH, new = cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_BT, valid_BT, window)
+        written.append(new)
+        return y_BTNH
+
+    attends = [functools.partial(attention, cache=cache, window=window) for cache, window in zip(caches, gpt.windows, strict=True)]
+    x_BTD = gpt.through_blocks(gpt.embed(tokens_BT), positions_BT, attends)
+    return x_BTD, tuple(written)
+
+
+def logits(gpt: GPT, x_BD: Float[Array, "B D"], state: State) -> Float[Array, "B V"]:
+    """Those of the tokens that a state has logits for."""
+    return gpt.logits(x_BD)[:, : state.logits_BV.shape[1]]
+
+
+def model_of(graph: nnx.GraphDef, weights: dict[str, Array]) -> GPT:
+    """The model, without rematerialisation: there is no backward pass."""
+    gpt = merge(graph, weights)
+    gpt.remat = False
+    return gpt

@@ -1,0 +1,217 @@
+"""Text from a model at speed: prompts are read in pieces, tokens made by one compiled loop over a cache of keys and values.
+
+B batch, T tokens, N tokens of a stride, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Collection, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nanojax.errors import UserError
+from nanojax.infer.decode import NO_TOKEN, Asked, State, add, read
+from nanojax.infer.load import Model
+from nanojax.infer.params import SamplingParams
+from nanojax.infer.sampling import Controls
+from nanojax.infer.text import utf8_stream
+from nanojax.mesh import replicated
+from nanojax.ops.cache import Cache, empty_cache, grow
+from nanojax.program import COMPILER_OPTIONS, DTYPES
+from nanojax.tokenizer import Tokenizer
+
+Arrays = TypeVar("Arrays")
+PIECE = 512  # tokens of a prompt that are read at once, at most
+STRIDE = 32  # tokens that are made between two looks of the host
+SLOTS = 256  # of the smallest cache; a longer one has twice as many, and so on
+SHORTEST = 16  # piece of a prompt
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one row has added, since the last piece or in all."""
+
+    tokens: list[int]
+    """Without the stop that ended it."""
+    finish: str | None = None
+    """None: there is more to come. Or stop, tokens (as many as were asked for), context (seq_len is full)."""
+
+
+class Engine:
+    """Continues prompts, many at once. Shapes come in few sizes, so that after a while nothing is compiled any more.
+
+    A row's tokens depend on no other row, but for rounding: with other sizes of batch, piece or cache, XLA may add in another order.
+    """
+
+    def __init__(self, model: Model, tokenizer: Tokenizer, *, piece: int = PIECE, stride: int = STRIDE, slots: int = SLOTS) -> None:
+        """For a model on one device. `piece`, `stride` and `slots`, powers of two, are the sizes named above."""
+        program = model.program
+        if program.mesh.size != 1:
+            raise UserError(f"the engine runs on one device, and the model is on {program.mesh.size}; load it with jax.devices()[:1]")
+        self.model, self.tokenizer, self.mesh = model, tokenizer, program.mesh
+        self.config, self.dtype = program.config.model, DTYPES[program.compute]
+        self.piece, self.stride, self.smallest = piece, stride, slots
+        windows, seq_len = self.config.windows, self.config.seq_len
+        self.context = None if all(window and window <= seq_len for window in windows) else seq_len
+        """Tokens that a row may have in its caches; None, with a window in every layer: any number."""
+        options = COMPILER_OPTIONS.get(program.platform) or None
+        jit = functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=options)
+        self._empty = jit(self._empty_state, static_argnums=(0, 1))
+        self._grow = jit(self._grown, static_argnums=1)
+        self._read = jit(functools.partial(read, program.graph), donate_argnums=1)
+        self._add = jit(functools.partial(add, program.graph, stride=stride), donate_argnums=1, static_argnames="filters")
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        stops: Collection[int] | None = None,
+    ) -> list[Piece]:
+        """What each prompt is continued with; arguments as of `steps`."""
+        tokens: list[list[int]] = [[] for _ in prompts]
+        finishes: list[str | None] = [None] * len(prompts)
+        for pieces in self.steps(prompts, params, stops):
+            for row, piece in enumerate(pieces):
+                tokens[row] += piece.tokens
+                finishes[row] = finishes[row] or piece.finish
+        return [Piece(*pair) for pair in zip(tokens, finishes, strict=True)]
+
+    def steps(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        stops: Collection[int] | None = None,
+    ) -> Iterator[list[Piece]]:
+        """New tokens of every prompt as they come, 1, 2, 4 and so on up to the stride at once, until all have ended.
+
+        `params` are for all, or one for each; `stops` end a row, by default <|bos|>. A row that has ended gets empty pieces.
+        Raises UserError, at once, on a prompt that is empty, longer than the context or of ids that are none, and on stops that are none.
+        """
+        params = params or SamplingParams()
+        rows = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        stops = {self.tokenizer.bos} if stops is None else set(stops)
+        self._check(prompts, rows, stops)
+        return self._steps([list(prompt) for prompt in prompts], rows, stops)
+
+    def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str, None, str | None]:
+        """Text that continues a text, or with an empty one starts a document, as it comes. Returns how it ended, as Piece.finish.
+
+        A character comes whole. Raises UserError, at once, on a prompt that is longer than the context.
+        """
+        return self._stream(self.steps([self.encode(prompt)], params))
+
+    def _stream(self, steps: Iterator[list[Piece]]) -> Generator[str, None, str | None]:
+        finish = None
+
+        def decoded() -> Iterator[bytes]:
+            nonlocal finish
+            for (piece,) in steps:
+                finish = piece.finish
+                yield self.tokenizer.decode_bytes(piece.tokens)
+
+        yield from utf8_stream(decoded())
+        return finish
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a text that starts a document."""
+        return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
+
+    def _check(self, prompts: Sequence[Sequence[int]], rows: Sequence[SamplingParams], stops: Collection[int]) -> None:
+        if not prompts or len(rows) != len(prompts):
+            raise UserError(f"generation needs prompts, and params for all or each, given {len(prompts)} and {len(rows)}; give one or more")
+        n_vocab = self.tokenizer.n_vocab
+        for i, prompt in enumerate(prompts):
+            if not prompt:
+                raise UserError(f"a prompt needs a token, and prompt {i} has none; start a document with <|bos|>, {self.tokenizer.bos}")
+            if self.context and len(prompt) > self.context:
+                raise UserError(f"a prompt must fit seq_len={self.context}, and prompt {i} has {len(prompt)} tokens; shorten it")
+        if bad := [token for ids in (*prompts, stops) for token in ids if not 0 <= token < n_vocab]:
+            raise UserError(f"token ids lie in [0, {n_vocab}), given {bad[0]}; encode text with the model's own tokenizer")
+
+    def _steps(self, prompts: list[list[int]], rows: list[SamplingParams], stops: set[int]) -> Iterator[list[Piece]]:
+        """`steps` of what is checked."""
+        lengths = [len(prompt) for prompt in prompts]
+        # A full context still gives one token, which is not read again.
+        room = [self.context - length + 1 if self.context else row.tokens for length, row in zip(lengths, rows, strict=True)]
+        budgets = [min(row.tokens, n) for row, n in zip(rows, room, strict=True)]
+        idle = power_of_two(len(rows)) - len(rows)  # rows that fill the batch up
+        asked = self._asked(rows, budgets, idle, stops)
+        state, filters = self._prefill(prompts, budgets, idle), any(row.filters for row in rows)
+
+        made, finishes = [0] * len(rows), [""] * len(rows)
+        limit = 1
+        while not all(finishes):
+            ahead = (length + min(n + limit, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
+            state = self._with_slots(state, max(ahead, default=0))
+            with jax.set_mesh(self.mesh):
+                state, tokens_BN = self._add(self.model.weights, state, asked, np.int32(limit), filters=filters)
+            pieces = []
+            for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
+                new = [token for token in tokens_N if token != NO_TOKEN]
+                made[row] += len(new)
+                stopped = bool(new) and new[-1] in stops
+                if not finishes[row] and (stopped or made[row] == budgets[row]):
+                    finishes[row] = "stop" if stopped else "tokens" if made[row] == rows[row].tokens else "context"
+                pieces.append(Piece(new[: len(new) - stopped], finishes[row] or None))
+            yield pieces
+            limit = min(2 * limit, self.stride)
+
+    def _asked(self, rows: list[SamplingParams], budgets: list[int], idle: int, stops: set[int]) -> Asked:
+        controls = Controls.of(rows + [SamplingParams(temperature=0)] * idle)
+        stop_V = jnp.array([token in stops for token in range(self.tokenizer.n_vocab)])
+        return self._put(Asked(controls, jnp.array(budgets + [0] * idle, jnp.int32), stop_V))
+
+    def _prefill(self, prompts: list[list[int]], budgets: list[int], idle: int) -> State:
+        """The state in which all prompts are read."""
+        longest = max(map(len, prompts))
+        size = min(self.piece, max(SHORTEST, power_of_two(longest)))
+        tokens_BT = np.zeros((len(prompts) + idle, -(-longest // size) * size), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens_BT[row, : len(prompt)] = prompt
+        length_B = np.array([*map(len, prompts), *[0] * idle], np.int32)
+        done_B = np.array([budget == 0 for budget in budgets] + [True] * idle)
+        with jax.set_mesh(self.mesh):
+            state = self._empty(len(tokens_BT), self._capacity(longest + 1))
+            state = dataclasses.replace(state, length_B=self._put(length_B), done_B=self._put(done_B))
+            for start in range(0, longest, size):
+                piece_BT = self._put(tokens_BT[:, start : start + size])
+                state = self._read(self.model.weights, state, piece_BT, np.int32(start))
+        return state
+
+    def _put(self, arrays: Arrays) -> Arrays:
+        return jax.device_put(arrays, replicated(self.mesh))
+
+    def _capacity(self, tokens: int) -> int:
+        """Slots that a layer without a window gets for rows of so many tokens."""
+        most = self.context or max(window for window in self.config.windows if window)
+        return min(most, max(self.smallest, power_of_two(tokens)))
+
+    def _with_slots(self, state: State, tokens: int) -> State:
+        """The state with caches for rows of so many tokens. Those that have gone round have their window's slots, and stay."""
+        if max(cache.k_BKSH.shape[2] for cache in state.caches) >= (slots := self._capacity(tokens)):
+            return state
+        with jax.set_mesh(self.mesh):
+            return dataclasses.replace(state, caches=self._grow(state.caches, slots))
+
+    def _slots(self, slots: int) -> list[int]:
+        return [min(window or slots, slots) for window in self.config.windows]
+
+    def _grown(self, caches: tuple[Cache, ...], slots: int) -> tuple[Cache, ...]:
+        return tuple(map(grow, caches, self._slots(slots)))
+
+    def _empty_state(self, batch: int, slots: int) -> State:
+        caches = tuple(empty_cache(batch, self.config.kv_heads, n, self.config.head_dim, self.dtype) for n in self._slots(slots))
+        none_B = jnp.zeros(batch, jnp.int32)
+        # The vocabulary of the tokenizer: logits beyond it are padding, and go no further.
+        return State(caches, jnp.zeros((batch, self.tokenizer.n_vocab)), none_B, none_B, none_B > 0)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest at least n."""
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,207 @@
+"""The engine, held to the full forward pass that no cache is in. test_load.py and test_sample.py give it runs and exports."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generating import BYTES, full_logits, make_model
+
+from nanojax.errors import UserError
+from nanojax.infer.engine import Engine, Piece
+from nanojax.infer.params import SamplingParams
+from nanojax.infer.sampling import Controls, draw
+
+GREEDY = SamplingParams(temperature=0, tokens=30)
+SMALL = dict(piece=16, stride=8, slots=16)  # sizes that a few tokens go through all of
+
+
+@functools.cache
+def engine(**model) -> Engine:
+    return Engine(make_model(**model), BYTES, **SMALL)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return [BYTES.bos, *np.random.default_rng(seed).integers(0, 256, length - 1).tolist()]
+
+
+MODELS = {
+    "gqa, SSSL": dict(depth=4, window=8, window_pattern="SSSL"),
+    "mha, nanochat": dict(n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_token_is_the_likeliest_of_the_full_forward_pass(name):
+    """Prompts of several lengths in one batch, the longest read in three pieces; 30 tokens wrap rings of 8 round."""
+    small, batch = engine(**MODELS[name]), [prompt(34, 3), prompt(1), prompt(16, 4), prompt(17, 5)]
+    made = small.generate(batch, GREEDY, stops=())
+    assert [(len(piece.tokens), piece.finish) for piece in made] == [(30, "tokens")] * len(batch)
+    rows = [ids + piece.tokens for ids, piece in zip(batch, made, strict=True)]
+    for ids, row, logits in zip(batch, rows, full_logits(small.model, rows), strict=True):
+        assert row[len(ids) :] == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+def test_logits_are_those_of_the_full_forward_pass_after_a_prompt_and_after_every_token():
+    small, ids = engine(window=8, window_pattern="SL"), prompt(40)
+    (logits,) = full_logits(small.model, [ids])
+    for length in (1, 15, 16, 17, 33, 40):
+        state = small._prefill([ids[:length]], [1], 0)
+        # float32 logits of order 1, whose products add in another order
+        np.testing.assert_allclose(state.logits_BV[0], logits[length - 1], atol=5e-5)
+    (made,) = small.generate([ids[:10]], GREEDY, stops=())
+    (logits,) = full_logits(small.model, [ids[:10] + made.tokens])
+    state, asked = small._prefill([ids[:10]], [30], 0), small._asked([GREEDY], [40], 0, set())
+    for at in range(10, 40):
+        state = small._with_slots(state, at + 1)
+        with jax.set_mesh(small.mesh):
+            state, _ = small._add(small.model.weights, state, asked, np.int32(1), filters=False)
+        np.testing.assert_allclose(state.logits_BV[0], logits[at], atol=5e-5)  # as above
+    assert [cache.k_BKSH.shape[2] for cache in state.caches] == [8, 64], "a ring has the slots of its window"
+
+
+def test_the_draw_of_a_token_has_its_number_in_the_text_that_is_added():
+    small, ids = engine(window=8, window_pattern="SL"), prompt(7)
+    params = SamplingParams(temperature=1.0, top_k=20, seed=3, tokens=8)
+    (made,) = small.generate([ids], params, stops=())
+    (logits,) = full_logits(small.model, [ids + made.tokens])
+    drawn = draw(jnp.asarray(logits[6:-1]), Controls.of([params] * 8), jnp.arange(8), filters=True)
+    assert made.tokens == drawn.tolist()
+
+
+def test_a_row_is_the_same_whatever_batch_it_is_in():
+    """Greedy in float32, and drawn: alone, in batches that are filled up, beside a longer prompt that is read in pieces, in any place."""
+    small = engine(window=8, window_pattern="SL")
+    drawn = SamplingParams(temperature=1.0, top_k=20, seed=3, tokens=12)
+    free = SamplingParams(temperature=1.0, top_k=0, seed=4, tokens=12)  # with other rows' filters, and without any
+    ids, short, long = prompt(7), prompt(1, 1), prompt(20, 2)
+    for params in (SamplingParams(temperature=0, tokens=12), drawn, free):
+        alone = small.generate([ids], params)[0]
+        assert len(alone.tokens) > 5
+        for at, batch in ((0, [ids, short]), (2, [short, long, ids])):
+            mixed = [params if row is ids else drawn for row in batch]
+            assert small.generate(batch, mixed)[at] == alone, (params, at)
+    two = small.generate([ids, ids], [drawn, SamplingParams(temperature=1.0, top_k=20, seed=5, tokens=12)])
+    assert two[0] != two[1], "seeds must differ"
+
+
+def test_rows_end_each_on_its_own():
+    small = engine()
+    ids = [prompt(5), prompt(9, 1), prompt(60, 2), prompt(64, 3)]
+    long = [piece.tokens for piece in small.generate(ids, GREEDY, stops=())]
+    assert [len(tokens) for tokens in long] == [30, 30, 5, 1], "a context of 64 gives a token more than it holds"
+    stop = long[0][6]
+    assert stop not in long[1][:3] + long[2], "another row met the stop: choose another seed"
+    rows = [SamplingParams(temperature=0, tokens=n) for n in (30, 3, 30, 0)]
+    made = small.generate(ids, rows, stops={stop})
+    assert made[0] == Piece(long[0][: long[0].index(stop)], "stop")
+    assert made[1] == Piece(long[1][:3], "tokens")
+    assert made[2] == Piece(long[2], "context")
+    assert made[3] == Piece([], "tokens")
+
+
+def test_pieces_come_as_they_are_made_and_those_of_rows_that_ended_are_empty():
+    small = engine()
+    rows = [SamplingParams(temperature=0, tokens=n) for n in (2, 20)]
+    pieces = list(small.steps([prompt(4), prompt(4)], rows, stops=()))
+    assert [[len(piece.tokens) for piece in step] for step in pieces] == [[1, 1], [1, 2], [0, 4], [0, 8], [0, 5]]
+    assert [[piece.finish for piece in step] for step in pieces] == [[None] * 2, ["tokens", None]] + [["tokens", None]] * 2 + [
+        ["tokens"] * 2
+    ]
+
+
+def test_with_a_window_in_every_layer_a_text_goes_on_beyond_seq_len():
+    small = engine(window=8, n_kv_head=1)
+    ids = prompt(70)
+    (made,) = small.generate([ids], SamplingParams(temperature=0, tokens=100), stops=())
+    assert (len(made.tokens), made.finish) == (100, "tokens")
+    (logits,) = full_logits(small.model, [ids + made.tokens])
+    assert made.tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+    state = small._prefill([ids], [1], 0)
+    assert {cache.k_BKSH.shape for cache in state.caches} == {(1, 1, 8, 8)}
+
+
+def test_windows_longer_than_seq_len_do_not_carry_a_text_beyond_it():
+    assert engine(window=65).context == 64
+    assert engine(window=64).context is None
+
+
+def test_a_thousand_tokens_compile_nothing_after_a_first_time():
+    long = Engine(make_model(seq_len=2048), BYTES, slots=256)
+    compiled = [long._empty, long._grow, long._read, long._add]
+    (first,) = long.generate([prompt(20)], SamplingParams(temperature=0, tokens=1000), stops=())
+    sizes = [function._cache_size() for function in compiled]
+    # Caches of 256, 512 and 1024 slots, of which the prompt needs the first.
+    assert sizes == [1, 2, 1, 3]
+    other = SamplingParams(temperature=0.9, top_k=0, seed=3, tokens=900)
+    for params in (SamplingParams(temperature=0, tokens=1000), other):
+        (again,) = long.generate([prompt(24, 1)], params, stops=())
+        assert len(again.tokens) == params.tokens
+    assert [function._cache_size() for function in compiled] == sizes
+    assert len(first.tokens) == 1000
+
+
+def test_streams_never_break_a_character(monkeypatch):
+    """Tokens of single bytes, of a text that has characters of one to four."""
+    text = "né 中😀 ok\n" * 4
+    small = engine()
+    bytes_of = list(text.encode())
+    monkeypatch.setattr(small, "_steps", lambda *_: ([Piece(bytes_of[i : i + 3])] for i in range(0, len(bytes_of), 3)))
+    pieces = list(small.stream("", GREEDY))
+    assert "".join(pieces) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_a_stream_has_the_text_of_its_tokens_and_returns_how_it_ended():
+    small, params = engine(), SamplingParams(temperature=1.0, top_k=0, tokens=40, seed=2)
+    stream, pieces = small.stream("ab", params), []
+    try:
+        while True:
+            pieces.append(next(stream))
+    except StopIteration as end:
+        finish = end.value
+    (made,) = small.generate([small.encode("ab")], params)
+    assert ("".join(pieces), finish) == (BYTES.decode(made.tokens), made.finish)
+    assert len(pieces) > 1
+
+
+def test_remat_of_training_and_padding_of_the_vocabulary_do_not_show():
+    model = make_model(train=dict(remat=True))
+    model.weights["head.w"] = model.weights["head.w"].at[:, BYTES.n_vocab :].set(9.0)
+    ids = prompt(20)
+    tokens = Engine(model, BYTES, **SMALL).generate([ids], SamplingParams(temperature=0, tokens=5), stops=())[0].tokens
+    (logits,) = full_logits(model, [ids + tokens])
+    assert tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "stops", "words"),
+    [
+        ([], None, None, "generation needs prompts"),
+        ([[1], []], None, None, "a prompt needs a token, and prompt 1 has none; start a document with <|bos|>, 256"),
+        ([[1] * 65], None, None, "a prompt must fit seq_len=64, and prompt 0 has 65 tokens; shorten it"),
+        ([[1, -1]], None, None, "token ids lie in [0, 265), given -1"),
+        ([[1, 265]], None, None, "token ids lie in [0, 265), given 265"),
+        ([[1]], None, [300], "token ids lie in [0, 265), given 300"),
+        ([[1], [2]], [GREEDY], None, "generation needs prompts, and params for all or each, given 2 and 1"),
+    ],
+)
+def test_wrong_prompts_are_refused_in_one_line_before_anything_runs(prompts, params, stops, words):
+    with pytest.raises(UserError) as refused:
+        engine().steps(prompts, params, stops)
+    assert str(refused.value).startswith(words)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_long_text_is_refused_before_its_stream_begins():
+    with pytest.raises(UserError, match="a prompt must fit seq_len=64, and prompt 0 has 101 tokens"):
+        engine().stream("a" * 100)
+
+
+def test_the_engine_is_public():
+    import nanojax
+
+    assert nanojax.Engine is Engine
