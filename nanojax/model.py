@@ -47,7 +47,7 @@ class Linear(nnx.Module):
         self.dot = functools.partial(dot, name=name)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return self.dot(x, self.w[...], key=None if self.key is None else jax.random.wrap_key_data(self.key[...]))
+        return self.dot(x, self.w.get_value(), key=None if self.key is None else jax.random.wrap_key_data(self.key[...]))
 
 
 class RMSNorm(nnx.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from nanojax.export import layout
 from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export, printable
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
+from nanojax.ops.packed import PackedMatrix
 from nanojax.precision import Rounding, siblings
 
 DTYPES = {
@@ -52,17 +54,21 @@ def read_parts(export: Export) -> dict[str, Parts]:
     return found
 
 
-def read_weights(export: Export, parts: dict[str, Parts], dtype: jnp.dtype, shardings: Mapping[str, Sharding]) -> dict[str, Array]:
+def read_weights(
+    export: Export, parts: dict[str, Parts], dtype: jnp.dtype, shardings: Mapping[str, Sharding], *, packed: bool = False
+) -> dict[str, Any]:
     """Name -> weight, as `precision.prepare_weights` has it: matrices and head in `dtype`, embedding and gains in fp32.
 
-    `parts` are those of `read_parts`. Raises UserError on a weight that is not finite.
+    `parts` are those of `read_parts`. `packed`: matrices in 4 bits stay so, as ops.packed.PackedMatrix. Raises UserError on a weight that
+    is not finite.
     """
     known, made = layout.parameters(export.config.model), {}
     for name, sharding in shardings.items():
         w = weight(parts[name], known[name].linear, export.format, dtype)
         if bad := int(jnp.sum(~jnp.isfinite(w))):
             raise UserError(f"{export.path / WEIGHTS}: weights must be finite, and {known[name].module} has {bad} that are not; {REMEDY}")
-        made[name] = jax.device_put(w, sharding)
+        stays = packed and "weight_packed" in parts[name]
+        made[name] = jax.device_put(packed_matrix(parts[name], export.format) if stays else w, sharding)
     return made
 
 
@@ -133,6 +139,14 @@ def weight(parts: Parts, linear: bool, format: str, dtype: jnp.dtype) -> Array:
     if "weight" in parts:
         return plain(parts["weight"], linear, dtype if linear else jnp.dtype(jnp.float32))
     return unpacked(codes_of(parts), parts["weight_scale"], parts.get("weight_global_scale"), format, dtype)
+
+
+def packed_matrix(parts: Parts, format: str) -> PackedMatrix:
+    """A matrix as it is stored, on the host."""
+    scales = parts["weight_scale"]
+    scales = scales if format == "int4" else scales.view(np.uint8)
+    global_scale = parts["weight_global_scale"][0] if "weight_global_scale" in parts else None
+    return PackedMatrix(codes_of(parts).view("<i4"), scales, global_scale, format)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

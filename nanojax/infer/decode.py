@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nanojax.infer.sampling import Controls, draw
 from nanojax.model import GPT, merge
-from nanojax.ops.cache import Cache, cached_attention
+from nanojax.ops.attention import AttentionFn
+from nanojax.ops.cache import Cache, cached_attention, write
 
 NO_TOKEN = -1
 
@@ -48,22 +50,50 @@ class Asked(NamedTuple):
     """Tokens that end a row."""
 
 
-def read(graph: nnx.GraphDef, weights: dict[str, Array], state: State, tokens_BT: Int[Array, "B T"], start: Int[Array, ""]) -> State:
+class Path(NamedTuple):
+    """How a model's tokens are computed: what it holds its weights in, and what makes one more of each row."""
+
+    weights: Any
+    plain: Callable[[Any], dict[str, Array]]
+    """These weights by the model's own names, for prompts."""
+    one_token: Callable[..., tuple[Float[Array, "B V"], tuple[Cache, ...]]]
+    """(weights, token_B, position_B, valid_B, caches) -> (logits, caches with the valid tokens in them)."""
+    words: str
+
+
+def plain_path(graph: nnx.GraphDef, weights: dict[str, Array], words: str) -> Path:
+    """The model's own products, and attention by XLA: on every device, in every type."""
+
+    def one_token(weights: dict[str, Array], token_B: Array, position_B: Array, valid_B: Array, caches: tuple[Cache, ...]):
+        gpt = model_of(graph, weights)
+        x_BTD, caches = forward(gpt, token_B[:, None], position_B[:, None], valid_B[:, None], caches)
+        return gpt.logits(x_BTD[:, 0]), caches
+
+    return Path(weights, lambda weights: weights, one_token, words)
+
+
+def begin(
+    gpt: GPT, tokens_BT: Int[Array, "B T"], empty: State, length_B: Int[Array, " B"], done_B: Bool[Array, " B"], attention: AttentionFn
+) -> State:
+    """The state with the first piece of every prompt in its caches. Its attention is training's: within the piece, without a cache."""
+    return read(gpt, dataclasses.replace(empty, length_B=length_B, done_B=done_B), tokens_BT, jnp.zeros((), jnp.int32), attention)
+
+
+def read(gpt: GPT, state: State, tokens_BT: Int[Array, "B T"], start: Int[Array, ""], attention: AttentionFn | None = None) -> State:
     """The state with one more piece of every prompt in its caches, from position `start` on."""
     b, t = tokens_BT.shape
     positions_BT = jnp.broadcast_to(start + jnp.arange(t)[None], (b, t))
     valid_BT = positions_BT < state.length_B[:, None]
-    gpt = model_of(graph, weights)
-    x_BTD, caches = forward(gpt, tokens_BT, positions_BT, valid_BT, state.caches)
+    x_BTD, caches = forward(gpt, tokens_BT, positions_BT, valid_BT, state.caches, attention)
     last_B = state.length_B - 1 - start
     x_BD = x_BTD[jnp.arange(b), jnp.clip(last_B, 0, t - 1)]
     ends_B = (last_B >= 0) & (last_B < t)
-    logits_BV = jnp.where(ends_B[:, None], logits(gpt, x_BD, state), state.logits_BV)
+    logits_BV = jnp.where(ends_B[:, None], gpt.logits(x_BD)[:, : state.logits_BV.shape[1]], state.logits_BV)
     return dataclasses.replace(state, caches=caches, logits_BV=logits_BV)
 
 
 def add(
-    graph: nnx.GraphDef, weights: dict[str, Array], state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, filters: bool
+    one_token: Callable, weights: Any, state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, filters: bool
 ) -> tuple[State, Int[Array, "B N"]]:
     """(state, tokens) after `limit` more tokens, at most `stride`, or fewer once all rows are done; NO_TOKEN where a row was."""
 
@@ -73,9 +103,9 @@ def add(
         tokens_BN = tokens_BN.at[:, n].set(jnp.where(state.done_B, NO_TOKEN, token_B))
         made_B = state.made_B + ~state.done_B
         done_B = state.done_B | asked.stop_V[token_B] | (made_B >= asked.budget_B)
-        gpt = model_of(graph, weights)
-        x_BTD, caches = forward(gpt, token_B[:, None], state.length_B[:, None], ~done_B[:, None], state.caches)
-        return n + 1, State(caches, logits(gpt, x_BTD[:, 0], state), state.length_B + ~done_B, made_B, done_B), tokens_BN
+        logits_BV, caches = one_token(weights, token_B, state.length_B, ~done_B, state.caches)
+        logits_BV = logits_BV[:, : state.logits_BV.shape[1]]
+        return n + 1, State(caches, logits_BV, state.length_B + ~done_B, made_B, done_B), tokens_BN
 
     def more(carry: tuple[Array, State, Array]) -> Array:
         n, state, _ = carry
@@ -86,12 +116,23 @@ def add(
 
 
 def forward(
-    gpt: GPT, tokens_BT: Int[Array, "B T"], positions_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"], caches: tuple[Cache, ...]
+    gpt: GPT,
+    tokens_BT: Int[Array, "B T"],
+    positions_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    caches: tuple[Cache, ...],
+    alone: AttentionFn | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
-    """(what the head reads, caches with the valid tokens in them). `gpt` has no rematerialisation, which would trace the writing apart."""
+    """(what the head reads, caches with the valid tokens in them). `gpt` has no rematerialisation, which would trace the writing apart.
+
+    `alone`, for tokens that nothing comes before: attention among them, so that the caches are only written.
+    """
     written: list[Cache] = []
 
     def attention(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, *, cache: Cache, window: int | None) -> Array:
+        if alone is not None:
+            written.append(write(cache, k_BTKH, v_BTKH, positions_BT, valid_BT))
+            return alone(q_BTNH, k_BTKH, v_BTKH, window=window)
         y_BTNH, new = cached_attention(q_BTNH, k_BTKH, v_BTKH, cache, positions_BT, valid_BT, window)
         written.append(new)
         return y_BTNH
@@ -99,11 +140,6 @@ def forward(
     attends = [functools.partial(attention, cache=cache, window=window) for cache, window in zip(caches, gpt.windows, strict=True)]
     x_BTD = gpt.through_blocks(gpt.embed(tokens_BT), positions_BT, attends)
     return x_BTD, tuple(written)
-
-
-def logits(gpt: GPT, x_BD: Float[Array, "B D"], state: State) -> Float[Array, "B V"]:
-    """Those of the tokens that a state has logits for."""
-    return gpt.logits(x_BD)[:, : state.logits_BV.shape[1]]
 
 
 def model_of(graph: nnx.GraphDef, weights: dict[str, Array]) -> GPT:

@@ -9,25 +9,29 @@ import dataclasses
 import functools
 from collections.abc import Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from nanojax.errors import UserError
-from nanojax.infer.decode import NO_TOKEN, Asked, State, add, read
+from nanojax.infer import fused
+from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, begin, model_of, plain_path, read
 from nanojax.infer.load import Model
 from nanojax.infer.params import SamplingParams
 from nanojax.infer.sampling import Controls
 from nanojax.infer.text import utf8_stream
 from nanojax.mesh import replicated
+from nanojax.model import GPT
+from nanojax.ops.attention import AttentionFn, make_attention, resolve
 from nanojax.ops.cache import Cache, empty_cache, grow
-from nanojax.program import COMPILER_OPTIONS, DTYPES
+from nanojax.program import COMPILER_OPTIONS, DTYPES, attention_told
 from nanojax.tokenizer import Tokenizer
 
 Arrays = TypeVar("Arrays")
-PIECE = 512  # tokens of a prompt that are read at once, at most
+PIECE = 2048  # tokens of a prompt that are read at once, at most
 STRIDE = 32  # tokens that are made between two looks of the host
 SLOTS = 256  # of the smallest cache; a longer one has twice as many, and so on
 SHORTEST = 16  # piece of a prompt
@@ -49,23 +53,29 @@ class Engine:
     A row's tokens depend on no other row, but for rounding: with other sizes of batch, piece or cache, XLA may add in another order.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, *, piece: int = PIECE, stride: int = STRIDE, slots: int = SLOTS) -> None:
-        """For a model on one device. `piece`, `stride` and `slots`, powers of two, are the sizes named above."""
+    def __init__(
+        self, model: Model, tokenizer: Tokenizer, *, piece: int = PIECE, stride: int = STRIDE, slots: int = SLOTS, path: Path | None = None
+    ) -> None:
+        """For a model on one device. `piece`, `stride` and `slots`, powers of two, are the sizes named above.
+
+        `path` is the faster of those that this device has. It keeps weights of its own: hold on to `model` and they are there twice.
+        """
         program = model.program
         if program.mesh.size != 1:
             raise UserError(f"the engine runs on one device, and the model is on {program.mesh.size}; load it with jax.devices()[:1]")
-        self.model, self.tokenizer, self.mesh = model, tokenizer, program.mesh
+        self.program, self.tokenizer, self.mesh = program, tokenizer, program.mesh
         self.config, self.dtype = program.config.model, DTYPES[program.compute]
         self.piece, self.stride, self.smallest = piece, stride, slots
         windows, seq_len = self.config.windows, self.config.seq_len
         self.context = None if all(window and window <= seq_len for window in windows) else seq_len
         """Tokens that a row may have in its caches; None, with a window in every layer: any number."""
+        self.path = path or best_path(model)
         options = COMPILER_OPTIONS.get(program.platform) or None
         jit = functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=options)
-        self._empty = jit(self._empty_state, static_argnums=(0, 1))
         self._grow = jit(self._grown, static_argnums=1)
-        self._read = jit(functools.partial(read, program.graph), donate_argnums=1)
-        self._add = jit(functools.partial(add, program.graph, stride=stride), donate_argnums=1, static_argnames="filters")
+        self._begin = jit(self._begun, static_argnums=(4, 5))
+        self._read = jit(lambda weights, *rest: read(self._gpt(weights), *rest), donate_argnums=1)
+        self._add = jit(functools.partial(add, self.path.one_token, stride=stride), donate_argnums=1, static_argnames="filters")
 
     def generate(
         self,
@@ -150,7 +160,7 @@ class Engine:
             ahead = (length + min(n + limit, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
             state = self._with_slots(state, max(ahead, default=0))
             with jax.set_mesh(self.mesh):
-                state, tokens_BN = self._add(self.model.weights, state, asked, np.int32(limit), filters=filters)
+                state, tokens_BN = self._add(self.path.weights, state, asked, np.int32(limit), filters=filters)
             pieces = []
             for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
                 new = [token for token in tokens_N if token != NO_TOKEN]
@@ -164,8 +174,10 @@ class Engine:
 
     def _asked(self, rows: list[SamplingParams], budgets: list[int], idle: int, stops: set[int]) -> Asked:
         controls = Controls.of(rows + [SamplingParams(temperature=0)] * idle)
-        stop_V = jnp.array([token in stops for token in range(self.tokenizer.n_vocab)])
-        return self._put(Asked(controls, jnp.array(budgets + [0] * idle, jnp.int32), stop_V))
+        stop_V = np.zeros(self.tokenizer.n_vocab, bool)
+        stop_V[list(stops)] = True
+        arrays: Any = (np.array(budgets + [0] * idle, np.int32), stop_V)
+        return self._put(Asked(controls, *arrays))
 
     def _prefill(self, prompts: list[list[int]], budgets: list[int], idle: int) -> State:
         """The state in which all prompts are read."""
@@ -177,15 +189,30 @@ class Engine:
         length_B = np.array([*map(len, prompts), *[0] * idle], np.int32)
         done_B = np.array([budget == 0 for budget in budgets] + [True] * idle)
         with jax.set_mesh(self.mesh):
-            state = self._empty(len(tokens_BT), self._capacity(longest + 1))
-            state = dataclasses.replace(state, length_B=self._put(length_B), done_B=self._put(done_B))
-            for start in range(0, longest, size):
+            first = self._put((tokens_BT[:, :size], length_B, done_B))
+            attention = self._attention(len(tokens_BT), size)
+            state = self._begin(self.path.weights, *first, self._capacity(longest + 1), attention)
+            for start in range(size, longest, size):
                 piece_BT = self._put(tokens_BT[:, start : start + size])
-                state = self._read(self.model.weights, state, piece_BT, np.int32(start))
+                state = self._read(self.path.weights, state, piece_BT, np.int32(start))
         return state
+
+    @functools.cache  # noqa: B019  # one function a shape, as jit must see it; engines live as long as programs
+    def _attention(self, rows: int, tokens: int) -> AttentionFn:
+        """That of the first piece of prompts: the fastest there is for its shape, or the one that the config names."""
+        request = dataclasses.replace(self.program.request, rows=rows, tokens=tokens, documents=None)
+        with attention_told():
+            name, _ = resolve(self.program.config.train.attn_impl, request)
+        return make_attention(name, None)
 
     def _put(self, arrays: Arrays) -> Arrays:
         return jax.device_put(arrays, replicated(self.mesh))
+
+    def _gpt(self, weights: Any) -> GPT:
+        return model_of(self.program.graph, self.path.plain(weights))
+
+    def _begun(self, weights: Any, tokens_BT: Array, length_B: Array, done_B: Array, slots: int, attention: AttentionFn) -> State:
+        return begin(self._gpt(weights), tokens_BT, self._empty_state(len(tokens_BT), slots), length_B, done_B, attention)
 
     def _capacity(self, tokens: int) -> int:
         """Slots that a layer without a window gets for rows of so many tokens."""
@@ -210,6 +237,15 @@ class Engine:
         none_B = jnp.zeros(batch, jnp.int32)
         # The vocabulary of the tokenizer: logits beyond it are padding, and go no further.
         return State(caches, jnp.zeros((batch, self.tokenizer.n_vocab)), none_B, none_B, none_B > 0)
+
+
+def best_path(model: Model) -> Path:
+    """The kernels of infer/fused.py where they serve, else the model's own products."""
+    config = model.program.config.model
+    if reason := fused.refusal(config, model.program.platform, DTYPES[model.program.compute]):
+        return plain_path(model.program.graph, model.weights, f"{model.precision}, XLA's products: {reason}")
+    with jax.set_mesh(model.program.mesh):
+        return fused.path(model.weights, config, words=f"{model.precision}, fused kernels")
 
 
 def power_of_two(n: int) -> int:

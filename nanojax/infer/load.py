@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanojax.checks import round_up
 from nanojax.config import Attention, Config
@@ -15,7 +15,6 @@ from nanojax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import jax
-    from jaxtyping import Array
 
     from nanojax.program import Program
 
@@ -31,13 +30,17 @@ class Source:
     export: Export | None
     """None for a run."""
 
-    def load(self, devices: list[jax.Device] | None = None) -> Model:
-        """The model on all devices, or those given. Raises UserError on weights that are damaged or of another model."""
+    def load(self, devices: list[jax.Device] | None = None, *, packed: bool = False) -> Model:
+        """The model on all devices, or those given. `packed`, for the engine: matrices in 4 bits stay so, where its kernels read them.
+
+        Raises UserError on weights that are damaged or of another model.
+        """
         import jax
         import jax.numpy as jnp
 
         from nanojax.checkpoint import Checkpoints
         from nanojax.export.read import read_parts, read_weights
+        from nanojax.infer.fused import refusal
         from nanojax.program import DTYPES, keep_compiled_programs, make_program
 
         parts = read_parts(self.export) if self.export else {}  # first: a model of the sizes that it claims takes long to trace
@@ -46,7 +49,9 @@ class Source:
         shardings = program.shardings.params
         with jax.set_mesh(program.mesh):
             if self.export:
-                weights = read_weights(self.export, parts, jnp.dtype(DTYPES[program.compute]), shardings)
+                dtype = jnp.dtype(DTYPES[program.compute])
+                packed = packed and refusal(self.config.model, program.platform, dtype) is None
+                weights = read_weights(self.export, parts, dtype, shardings, packed=packed)
                 return Model(program, weights, self.export.step, f"{self.export.format}, exported")
             checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
             step = checkpoints.latest or 0
@@ -67,8 +72,8 @@ class Model:
     """Weights on devices, and what runs on them."""
 
     program: Program
-    weights: dict[str, Array]
-    """Prepared: what products read."""
+    weights: dict[str, Any]
+    """Prepared arrays, what products read; where so loaded, some are ops.packed.PackedMatrix."""
     step: int
     """Of the run, that they are from."""
     precision: str

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
 
     from nanojax.infer.engine import Engine
 
-    engine = Engine(source.load(jax.devices()[:1]), source.tokenizer)
+    engine = Engine(source.load(jax.devices()[:1], packed=True), source.tokenizer)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     for text in samples(engine, command):

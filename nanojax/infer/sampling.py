@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nanojax.infer.params import SamplingParams
@@ -23,10 +24,11 @@ class Controls(NamedTuple):
 
     @classmethod
     def of(cls, rows: Sequence[SamplingParams]) -> Controls:
-        """In float32 and int32."""
-        types = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.int32)
+        """In float32 and int32, on the host."""
+        types = (np.float32, np.int32, np.float32, np.float32, np.int32)
         columns = ([getattr(row, field.removesuffix("_B")) for row in rows] for field in cls._fields)
-        return cls(*map(jnp.array, columns, types))
+        arrays: Any = [np.array(column, dtype) for column, dtype in zip(columns, types, strict=True)]
+        return cls(*arrays)
 
 
 def draw(logits_BV: Float[Array, "B V"], controls: Controls, index_B: Int[Array, " B"], filters: bool) -> Int[Array, " B"]:

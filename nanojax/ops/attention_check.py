@@ -6,20 +6,41 @@ B batch, T tokens, N query heads, K key and value heads, H head size.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from nanojax.ops.attention import BACKENDS, AttentionFn, make_attention
+from nanojax.ops.attention import AttentionFn, make_attention, reference_attention
 from nanojax.ops.attention_request import Request
 
 RESULTS = ("output", "dq", "dk", "dv")
 # Largest deviation from the reference, of the largest value or of 1 if that is smaller. bf16 and fp16: two roundings, of the weights
 # and of the result, to 8 and 11 bits, and sums of such terms. fp32: another order of the same sums.
 TOLERANCES = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 3e-5}
+# Programs here run once: trying out which kernel is fastest for a product, or a fusion, takes XLA longer than all the rest. No backend's
+# own kernel is chosen that way. CPUs take these options as well, to no effect.
+COMPILER_OPTIONS: dict[str, bool | int] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+class Worst(NamedTuple):
+    """Where a result is furthest from the reference."""
+
+    share: float
+    """Of what is tolerated; infinity where one is not finite."""
+    place: tuple[int, ...]
+    """Index of the value."""
+    got: float
+    want: float
+    beyond: int
+    """Values that are further off than is tolerated."""
+    size: int
+    """Values in all."""
 
 
 def draw(request: Request, seed: int = 0) -> tuple[Array, Array, Array, Array, Array | None]:
@@ -39,13 +60,37 @@ def draw(request: Request, seed: int = 0) -> tuple[Array, Array, Array, Array, A
 
 
 def with_gradients(attention: AttentionFn, window: int | None) -> Callable[..., tuple[Array, ...]]:
-    """jitted (q, k, v, cotangent, segments) -> (output, dq, dk, dv)."""
+    """(q, k, v, cotangent, segments) -> (output, dq, dk, dv)."""
 
     def run(q, k, v, cotangent, segments):
         out, vjp = jax.vjp(lambda *qkv: attention(*qkv, window=window, segments_BT=segments), q, k, v)
         return out, *vjp(cotangent)
 
-    return jax.jit(run)
+    return run
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
+def reference(window: int | None, *inputs):
+    """What `with_gradients` makes of the reference. Jitted here, so that all backends share the program of a shape."""
+    with jax.default_matmul_precision("highest"):  # GPUs would multiply float32 as TF32
+        return with_gradients(reference_attention, window)(*inputs)
+
+
+def deviations(name: str, request: Request) -> dict[str, Worst]:
+    """Where each result is worst, for each window: `dq, window 17`. Raises whatever the backend raises."""
+    inputs = draw(request)
+    *floats, segments = inputs
+    found = {}
+    for window in dict.fromkeys(request.windows):
+        run = with_gradients(make_attention(name, request.documents), window)
+        got = jax.jit(run, compiler_options=COMPILER_OPTIONS)(*inputs)
+        want = reference(window, *(np.asarray(x, np.float32) for x in floats), segments)  # cast on the host: nothing to compile
+        for result, a, b in zip(RESULTS, got, want, strict=True):
+            if a.dtype != jnp.dtype(request.dtype) or a.shape != b.shape:
+                raise ValueError(f"{name} gave {a.dtype}{list(a.shape)} where {jnp.dtype(request.dtype)}{list(b.shape)} was due")
+            worst = worst_of(np.asarray(a, np.float64), np.asarray(b, np.float64), str(jnp.dtype(request.dtype)))
+            found[f"{result}, window {window}"] = worst
+    return found
 
 
 def deviation(name: str, request: Request) -> float:
@@ -53,25 +98,16 @@ def deviation(name: str, request: Request) -> float:
 
     Every window of the request, output and gradients. NaN counts as infinity. Raises whatever the backend raises.
     """
-    inputs = draw(request)
-    *floats, segments = inputs
-    worst = 0.0
-    for window in dict.fromkeys(request.windows):
-        got = with_gradients(make_attention(name, request.documents), window)(*inputs)
-        with jax.default_matmul_precision("highest"):  # GPUs would multiply float32 as TF32
-            want = with_gradients(BACKENDS["reference"], window)(*(x.astype(jnp.float32) for x in floats), segments)
-        for a, b in zip(got, want, strict=True):
-            if a.dtype != jnp.dtype(request.dtype) or a.shape != b.shape:
-                raise ValueError(f"{name} gave {a.dtype}{list(a.shape)} where {jnp.dtype(request.dtype)}{list(b.shape)} was due")
-            worst = max(worst, share_of_tolerance(np.asarray(a, np.float64), np.asarray(b, np.float64), str(jnp.dtype(request.dtype))))
-    return worst
+    return max(worst.share for worst in deviations(name, request).values())
 
 
-def share_of_tolerance(got: np.ndarray, want: np.ndarray, dtype: str) -> float:
-    """Largest |got - want| over max(1, largest |want|) times the tolerance of the type; infinity where either is not finite."""
-    if not (np.isfinite(got).all() and np.isfinite(want).all()):
-        return float("inf")
-    return float(np.abs(got - want).max() / (TOLERANCES[dtype] * max(1.0, np.abs(want).max())))
+def worst_of(got: np.ndarray, want: np.ndarray, dtype: str) -> Worst:
+    """Where |got - want| is largest, over max(1, largest |want|) times the tolerance of the type; infinity where either is not finite."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        shares = np.abs(got - want) / (TOLERANCES[dtype] * max(1.0, np.abs(want).max()))
+    shares[~np.isfinite(shares)] = math.inf
+    place = tuple(map(int, np.unravel_index(shares.argmax(), shares.shape)))
+    return Worst(float(shares[place]), place, float(got[place]), float(want[place]), int((shares > 1).sum()), shares.size)
 
 
 def small(request: Request) -> Request:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config, ModelConfig
-from nanojax.errors import run_main
+from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from nanojax.infer.load import Model
@@ -23,14 +23,20 @@ COPIED = {"cpu": 2**26, "gpu": 2**32}  # bytes; far beyond any cache
 class Bench:
     """What to time."""
 
+    formats: tuple[str, ...] = ("bf16",)
+    """bf16, int4, nvfp4 or mxfp4: of the matrices of the blocks. The head is in bf16."""
     batches: tuple[int, ...] = (1, 8, 64)
     """Rows at once."""
-    prompt: int = 32
+    prompt: int = 128
     """Tokens of each prompt."""
-    tokens: int = 64
+    tokens: int = 512
     """Tokens that each row adds."""
     rounds: int = 3
     """Times that each is run, after a first that is dropped; the median counts."""
+    plain: bool = False
+    """Without the kernels of infer/fused.py."""
+    hlo: bool = False
+    """Say what the kernels in the compiled loop read."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
 
@@ -41,40 +47,83 @@ def main(argv: Sequence[str]) -> None:
     bench = parse(Bench, rest, prog="decode.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
 
     import jax
+
+    device = jax.devices()[0]
+    copied = bandwidth(COPIED[device.platform])
+    print(f"{device.device_kind}; copies run at {copied / 1e9:.1f} GB/s; prompts of {bench.prompt} tokens, {bench.tokens} more")
+    print("| weights | batch | first token, ms | tokens/s | a row's | ms a step | bound, tokens/s | share | peak memory, MB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    notes = [note for format in bench.formats for note in measure(bench, format, copied)]
+    print("\n".join(notes))
+
+
+def measure(bench: Bench, format: str, copied: float) -> list[str]:
+    """Print a format's rows; returns what is to be said below the table."""
+    import jax
+    import jax.numpy as jnp
     import numpy as np
 
+    from nanojax.infer.decode import plain_path
     from nanojax.infer.engine import Engine
+    from nanojax.infer.fused import refusal
     from nanojax.infer.params import SamplingParams
     from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
-    model = random_model(bench.config)
     c = bench.config.model
     first_special = c.vocab_size - len(SPECIAL_TOKENS)  # the whole vocabulary is in use
     specials = {name: first_special + i for i, name in enumerate(SPECIAL_TOKENS)}
-    engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials))
-    params = SamplingParams(temperature=0, tokens=bench.tokens)
-    copied = bandwidth(COPIED[model.program.platform])
-    weights = sum(w.nbytes for name, w in model.weights.items() if name != "embedding")  # of which a token reads one row
-    print(
-        f"{jax.devices()[0].device_kind}, {model.program.parameters:,} parameters, {model.precision}; a token reads {weights / 1e6:.1f} MB "
-        f"of weights; copies run at {copied / 1e9:.1f} GB/s; prompts of {bench.prompt} tokens, {bench.tokens} more"
-    )
-    print("| batch | first token, ms | tokens/s | a row's | ms a step | bound, tokens/s | share |\n|---|---|---|---|---|---|---|")
+    model = random_model(bench.config, format)
+    reason = "it was switched off" if bench.plain else refusal(c, model.program.platform, jnp.bfloat16)
+    if format != "bf16" and reason:
+        raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16")
+    sizes = {name: w.nbytes for name, w in model.weights.items()}
+    path = plain_path(model.program.graph, model.weights, "XLA's products") if bench.plain else None
+    engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials), path=path)
+    del model, path  # the engine has its own
+    params, weights = (
+        SamplingParams(temperature=0, tokens=bench.tokens),
+        sum(sizes.values()) - sizes["embedding"],
+    )  # of which one row is read
     for batch in bench.batches:
         prompts = np.random.default_rng(0).integers(0, 256, (batch, bench.prompt)).tolist()
         first, step = timed(lambda prompts=prompts: engine.steps(prompts, params, stops=()), bench.tokens, bench.rounds)
         kv = sum(batch * kv_bytes(c, bench.prompt + n) for n in range(1, bench.tokens)) / max(1, bench.tokens - 1)
         bound = batch * copied / (weights + kv)
+        peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
         print(
-            f"| {batch} | {1e3 * first:.1f} | {batch / step:,.0f} | {1 / step:,.0f} | {1e3 * step:.3f} | {bound:,.0f} "
-            f"| {100 * batch / step / bound:.0f} % |"
+            f"| {format} | {batch} | {1e3 * first:.1f} | {batch / step:,.0f} | {1 / step:,.0f} | {1e3 * step:.3f} | {bound:,.0f} "
+            f"| {100 * batch / step / bound:.0f} % | {peak / 1e6:,.0f} |",
+            flush=True,
         )
+    note = f"{engine.path.words}: {weights / 1e6:.1f} MB are read a token, {sum(sizes.values()) / 1e6:.1f} MB with the embedding"
+    return [note] + ([f"the loop's kernels read {what_kernels_read(engine, bench.prompt)}"] if bench.hlo else [])
 
 
-def random_model(config: Config) -> Model:
-    """The config's model as products read it, its weights drawn."""
+def what_kernels_read(engine: Any, tokens: int) -> str:
+    """Types of the matrices that kernels take in the compiled loop for one row, and how often."""
+    import collections
+    import re
+
+    import jax
+    import numpy as np
+
+    from nanojax.infer.params import SamplingParams
+
+    state = engine._prefill([[1] * tokens], [2], 0)
+    asked = engine._asked([SamplingParams(temperature=0)], [2], 0, set())
+    with jax.set_mesh(engine.mesh):
+        text = engine._add.lower(engine.path.weights, state, asked, np.int32(1), filters=False).compile().as_text()
+    calls = re.findall(r"custom-call\(([^)]*)\), custom_call_target=\"__gpu\$xla\.gpu\.triton", text)
+    types = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", text))
+    taken = collections.Counter(types.get(name, "?") for call in calls for name in dict.fromkeys(re.findall(r"%[\w.-]+", call)))
+    return ", ".join(f"{n} x {kind}" for kind, n in taken.most_common() if re.search(r",\d{2,}\]", kind))
+
+
+def random_model(config: Config, format: str) -> Model:
+    """The config's model as products read it, its weights drawn: matrices of the blocks in `format`."""
     import jax
     import jax.numpy as jnp
+    from matvec import random_matrix
 
     from nanojax.infer.load import Model
     from nanojax.program import make_program
@@ -83,25 +132,30 @@ def random_model(config: Config) -> Model:
     program = make_program(resolve(config, config.model.vocab_size), jax.devices()[:1])
     shapes = jax.eval_shape(program.phases[0].prepare, program.shapes.params)
     draw = jax.jit(lambda key, like: (0.02 * jax.random.normal(key, like.shape, jnp.float32)).astype(like.dtype), static_argnums=1)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    weights = {name: draw(key, jax.ShapeDtypeStruct(s.shape, s.dtype)) for key, (name, s) in zip(keys, shapes.items(), strict=True)}
-    return Model(program, jax.device_put(weights, program.shardings.params), 0, program.phases[0].precision)
+    coded = jax.jit(random_matrix, static_argnums=(0, 1, 2))
+    weights: dict[str, Any] = {}
+    for i, (name, s) in enumerate(shapes.items()):
+        in_bits = format != "bf16" and name.startswith("blocks.") and name.endswith(".w")
+        like = jax.ShapeDtypeStruct(s.shape, jnp.bfloat16 if name == "embedding" else s.dtype)  # as an export holds it
+        weights[name] = coded(s.shape[1], s.shape[0], format, i) if in_bits else draw(jax.random.key(i), like)
+    return Model(program, weights, 0, f"{format}, random")
 
 
 def bandwidth(size: int) -> float:
-    """Bytes a second, read and written, of a copy of `size` bytes: the median of ten."""
+    """Bytes a second, read and written, of a copy of `size` bytes: the median of ten, of XLA's copy or its loop, whichever is faster."""
     import jax
     import jax.numpy as jnp
 
-    x = jnp.zeros(size // 4, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    copy(x).block_until_ready()
-    times = []
-    for _ in range(10):
-        began = time.perf_counter()
+    x, best = jnp.zeros(size // 4, jnp.float32), 0.0
+    for copy in (jax.jit(jnp.copy), jax.jit(lambda x: x + 1)):
         copy(x).block_until_ready()
-        times.append(time.perf_counter() - began)
-    return 2 * size / statistics.median(times)
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            copy(x).block_until_ready()
+            times.append(time.perf_counter() - began)
+        best = max(best, 2 * size / statistics.median(times))
+    return best
 
 
 def kv_bytes(c: ModelConfig, tokens: int) -> int:

@@ -16,12 +16,17 @@ from nanojax.infer.params import SamplingParams
 from nanojax.infer.sampling import Controls, draw
 
 GREEDY = SamplingParams(temperature=0, tokens=30)
+SL = dict(window=8, window_pattern="SL")
 SMALL = dict(piece=16, stride=8, slots=16)  # sizes that a few tokens go through all of
 
 
 @functools.cache
 def engine(**model) -> Engine:
     return Engine(make_model(**model), BYTES, **SMALL)
+
+
+def full(rows: list[list[int]], **model) -> list[np.ndarray]:
+    return full_logits(make_model(**model), rows)
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -41,40 +46,40 @@ def test_every_token_is_the_likeliest_of_the_full_forward_pass(name):
     made = small.generate(batch, GREEDY, stops=())
     assert [(len(piece.tokens), piece.finish) for piece in made] == [(30, "tokens")] * len(batch)
     rows = [ids + piece.tokens for ids, piece in zip(batch, made, strict=True)]
-    for ids, row, logits in zip(batch, rows, full_logits(small.model, rows), strict=True):
+    for ids, row, logits in zip(batch, rows, full(rows, **MODELS[name]), strict=True):
         assert row[len(ids) :] == logits[len(ids) - 1 : -1].argmax(-1).tolist()
 
 
 def test_logits_are_those_of_the_full_forward_pass_after_a_prompt_and_after_every_token():
-    small, ids = engine(window=8, window_pattern="SL"), prompt(40)
-    (logits,) = full_logits(small.model, [ids])
+    small, ids = engine(**SL), prompt(40)
+    (logits,) = full([ids], **SL)
     for length in (1, 15, 16, 17, 33, 40):
         state = small._prefill([ids[:length]], [1], 0)
         # float32 logits of order 1, whose products add in another order
         np.testing.assert_allclose(state.logits_BV[0], logits[length - 1], atol=5e-5)
     (made,) = small.generate([ids[:10]], GREEDY, stops=())
-    (logits,) = full_logits(small.model, [ids[:10] + made.tokens])
+    (logits,) = full([ids[:10] + made.tokens], **SL)
     state, asked = small._prefill([ids[:10]], [30], 0), small._asked([GREEDY], [40], 0, set())
     for at in range(10, 40):
         state = small._with_slots(state, at + 1)
         with jax.set_mesh(small.mesh):
-            state, _ = small._add(small.model.weights, state, asked, np.int32(1), filters=False)
+            state, _ = small._add(small.path.weights, state, asked, np.int32(1), filters=False)
         np.testing.assert_allclose(state.logits_BV[0], logits[at], atol=5e-5)  # as above
     assert [cache.k_BKSH.shape[2] for cache in state.caches] == [8, 64], "a ring has the slots of its window"
 
 
 def test_the_draw_of_a_token_has_its_number_in_the_text_that_is_added():
-    small, ids = engine(window=8, window_pattern="SL"), prompt(7)
+    small, ids = engine(**SL), prompt(7)
     params = SamplingParams(temperature=1.0, top_k=20, seed=3, tokens=8)
     (made,) = small.generate([ids], params, stops=())
-    (logits,) = full_logits(small.model, [ids + made.tokens])
+    (logits,) = full([ids + made.tokens], **SL)
     drawn = draw(jnp.asarray(logits[6:-1]), Controls.of([params] * 8), jnp.arange(8), filters=True)
     assert made.tokens == drawn.tolist()
 
 
 def test_a_row_is_the_same_whatever_batch_it_is_in():
     """Greedy in float32, and drawn: alone, in batches that are filled up, beside a longer prompt that is read in pieces, in any place."""
-    small = engine(window=8, window_pattern="SL")
+    small = engine(**SL)
     drawn = SamplingParams(temperature=1.0, top_k=20, seed=3, tokens=12)
     free = SamplingParams(temperature=1.0, top_k=0, seed=4, tokens=12)  # with other rows' filters, and without any
     ids, short, long = prompt(7), prompt(1, 1), prompt(20, 2)
@@ -118,7 +123,7 @@ def test_with_a_window_in_every_layer_a_text_goes_on_beyond_seq_len():
     ids = prompt(70)
     (made,) = small.generate([ids], SamplingParams(temperature=0, tokens=100), stops=())
     assert (len(made.tokens), made.finish) == (100, "tokens")
-    (logits,) = full_logits(small.model, [ids + made.tokens])
+    (logits,) = full([ids + made.tokens], window=8, n_kv_head=1)
     assert made.tokens == logits[len(ids) - 1 : -1].argmax(-1).tolist()
     state = small._prefill([ids], [1], 0)
     assert {cache.k_BKSH.shape for cache in state.caches} == {(1, 1, 8, 8)}
@@ -131,11 +136,11 @@ def test_windows_longer_than_seq_len_do_not_carry_a_text_beyond_it():
 
 def test_a_thousand_tokens_compile_nothing_after_a_first_time():
     long = Engine(make_model(seq_len=2048), BYTES, slots=256)
-    compiled = [long._empty, long._grow, long._read, long._add]
+    compiled = [long._begin, long._grow, long._read, long._add]
     (first,) = long.generate([prompt(20)], SamplingParams(temperature=0, tokens=1000), stops=())
     sizes = [function._cache_size() for function in compiled]
     # Caches of 256, 512 and 1024 slots, of which the prompt needs the first.
-    assert sizes == [1, 2, 1, 3]
+    assert sizes == [1, 2, 0, 3]
     other = SamplingParams(temperature=0.9, top_k=0, seed=3, tokens=900)
     for params in (SamplingParams(temperature=0, tokens=1000), other):
         (again,) = long.generate([prompt(24, 1)], params, stops=())

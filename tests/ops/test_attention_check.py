@@ -15,7 +15,7 @@ import pytest
 
 from nanojax.ops import attention as backends
 from nanojax.ops.attention import BACKENDS, REFUSALS, reference_attention
-from nanojax.ops.attention_check import deviation, draw, self_test, share_of_tolerance, small
+from nanojax.ops.attention_check import Worst, deviation, deviations, draw, self_test, small, worst_of
 from nanojax.ops.attention_request import Request
 
 REQUEST = Request(platform="cpu", dtype=jnp.float32, rows=2, tokens=13, heads=4, kv_heads=2, head_dim=16)
@@ -79,10 +79,38 @@ def test_a_result_of_another_type_is_an_error(plug):
 
 
 def test_shares_of_the_tolerance_by_hand():
-    want = np.array([1.0, -8.0])
-    assert share_of_tolerance(np.array([1.0, -7.92]), want, "bfloat16") == pytest.approx(0.5)  # 0.08 of 8 * 0.02
-    assert share_of_tolerance(np.array([0.01]), np.array([0.0]), "bfloat16") == pytest.approx(0.5)  # of 1 * 0.02
-    assert share_of_tolerance(np.array([np.nan]), np.array([0.0]), "float32") == float("inf")
+    want = np.array([[1.0, -8.0]])
+    assert worst_of(np.array([[1.0, -7.92]]), want, "bfloat16").share == pytest.approx(0.5)  # 0.08 of 8 * 0.02
+    assert worst_of(np.array([0.01]), np.array([0.0]), "bfloat16").share == pytest.approx(0.5)  # of 1 * 0.02
+    assert worst_of(np.zeros((1, 2)), want, "bfloat16") == Worst(50, (0, 1), got=0, want=-8, beyond=2, size=2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_infinitely_far(bad):
+    finite, not_finite = np.array([0.0, 0.0]), np.array([0.0, bad])
+    assert worst_of(not_finite, finite, "float32")[:2] == (np.inf, (1,))
+    assert worst_of(finite, not_finite, "float32").share == np.inf
+    assert worst_of(not_finite, not_finite, "float32").share == np.inf
+
+
+def too_far(found: dict[str, Worst]) -> dict[str, Worst]:
+    """Those that are wrong: what a failure shows."""
+    return {result: worst for result, worst in found.items() if not worst.share < 1}
+
+
+def test_a_wrong_result_is_told_from_right_ones_with_its_place(plug):
+    plug(without_a_gradient_of_v)
+    found = deviations("xla", dataclasses.replace(REQUEST, windows=(None, 5)))
+    assert set(too_far(found)) == {"dv, window None", "dv, window 5"}
+    worst = found["dv, window 5"]
+    assert worst.got == 0
+    assert worst.want == reference_dv(5)[worst.place]
+    assert (worst.beyond, worst.size) == (2 * 13 * 2 * 16, 2 * 13 * 2 * 16)
+
+
+def reference_dv(window):
+    q, k, v, cotangent, _ = draw(REQUEST)
+    return jax.vjp(lambda v: reference_attention(q, k, v, window=window), v)[1](cotangent)[0]
 
 
 def test_rows_are_drawn_with_as_many_documents_as_may_be_and_with_one():
@@ -119,7 +147,7 @@ def measured() -> dict[tuple, Future]:
     """Every cell that its backend does not refuse, under way."""
     pool = ThreadPoolExecutor(os.cpu_count())
     served = [(name, *case) for name, *case in TABLE if REFUSALS[name](cell(*case)) is None]
-    return {(name, *case): pool.submit(deviation, name, cell(*case)) for name, *case in served}
+    return {(name, *case): pool.submit(deviations, name, cell(*case)) for name, *case in served}
 
 
 @pytest.mark.gpu
@@ -134,7 +162,7 @@ def test_a_backend_on_a_gpu_agrees_with_the_reference_forward_and_backward(name,
         assert refused is not None
         return
     assert refused is None
-    assert measured()[name, *case].result() < 1
+    assert too_far(measured()[name, *case].result()) == {}
 
 
 @pytest.mark.gpu
@@ -144,4 +172,4 @@ def test_te_takes_short_even_and_odd_rows_and_many_documents(tokens):
     for documents in (None, 64):
         request = dataclasses.replace(cell("GQA", 17, documents, 128), tokens=tokens)
         assert REFUSALS["te"](request) is None
-        assert deviation("te", request) < 1
+        assert too_far(deviations("te", request)) == {}

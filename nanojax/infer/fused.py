@@ -1,0 +1,158 @@
+"""A model laid out for one token at a time: five kernels a layer, each of which reads its matrix once, in bf16 or in 4 bits.
+
+B rows, D model, V vocabulary, Y all heads that the projections make, H head size. Matrices are [out, in].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from nanojax.config import ModelConfig
+from nanojax.infer.decode import Path
+from nanojax.ops.cache import Cache
+from nanojax.ops.kernels.decode_attention import NewTokens, decode_attention
+from nanojax.ops.kernels.matvec import MOST_ROWS, Around, Matrix, matmul, matvec, planes
+from nanojax.ops.norm import rms_norm
+from nanojax.ops.packed import PackedMatrix, stacked
+from nanojax.ops.rope import rope_table
+
+STACKS = {"qkv": ("attention.q", "attention.k", "attention.v"), "o": ("attention.o",), "up": ("ffn.gate", "ffn.up"), "down": ("ffn.down",)}
+"""Which matrices of a block are one here, one above the other."""
+DTYPE = jnp.bfloat16
+
+
+class Layer(NamedTuple):
+    """One block's weights."""
+
+    qkv: Matrix
+    o: Matrix
+    up: Matrix
+    """All gates above all ups, where there are gates."""
+    down: Matrix
+    norms: tuple[Array, Array]
+    """Gains, of ones where the model has none."""
+    qk_norms: tuple[Array, Array] | None
+
+
+class FusedWeights(NamedTuple):
+    """A model's weights."""
+
+    embedding_VD: Array
+    layers: tuple[Layer, ...]
+    norm_D: Array
+    head: Matrix
+
+
+def refusal(c: ModelConfig, platform: str, dtype: Any) -> str | None:
+    """Why the kernels cannot serve a model, or None when they can."""
+    if platform not in ("gpu", "cuda"):
+        return f"its kernels run on NVIDIA GPUs, and the device is a {platform}"
+    if dtype != DTYPE:
+        return f"its kernels take bf16, and activations are {jnp.dtype(dtype).name}"
+    if c.head_dim & (c.head_dim - 1):
+        return f"its kernels take head sizes that are powers of two, given {c.head_dim}"
+    return None
+
+
+def fuse(weights: Mapping[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> FusedWeights:
+    """The weights, [in, out] or packed, laid out in `dtype`, matrix by matrix: what only `weights` held is freed on the way."""
+    left = dict(weights)
+
+    def matrix(names: list[str]) -> Matrix:
+        parts = [left.pop(name) for name in names]
+        if isinstance(parts[0], PackedMatrix):
+            return stacked(parts) if len(parts) > 1 else parts[0]
+        return jnp.concatenate([part.astype(dtype).T for part in parts])
+
+    def gain(name: str, size: int) -> Array:
+        return left.pop(name).astype(jnp.float32) if c.norm == "learnable" else jnp.ones(size, jnp.float32)
+
+    layers = []
+    for i in range(c.depth):
+        stacks = {key: matrix([f"blocks.{i}.{n}.w" for n in names if f"blocks.{i}.{n}.w" in left]) for key, names in STACKS.items()}
+        norms = (gain(f"blocks.{i}.norm_1.gain", c.width), gain(f"blocks.{i}.norm_2.gain", c.width))
+        heads = [gain(f"blocks.{i}.attention.{n}_norm.gain", c.head_dim) for n in ("q", "k")] if c.qk_norm else None
+        layers.append(Layer(**stacks, norms=norms, qk_norms=(heads[0], heads[1]) if heads else None))
+    return FusedWeights(left.pop("embedding").astype(dtype), tuple(layers), gain("norm.gain", c.width), matrix(["head.w"]))
+
+
+def plain(fused: FusedWeights, c: ModelConfig) -> dict[str, Any]:
+    """The weights by the model's own names, [in, out] or packed: what prompts are read with."""
+    made: dict[str, Any] = {"embedding": fused.embedding_VD, "head.w": part(fused.head)}
+    queries, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
+    ends = {"qkv": (queries, queries + keys, queries + 2 * keys), "o": (c.width,), "up": (c.hidden, 2 * c.hidden), "down": (c.width,)}
+    for i, layer in enumerate(fused.layers):
+        for key, names in STACKS.items():
+            known = names if key != "up" or c.ffn == "swiglu" else names[1:]  # without gates the ups are alone
+            for name, begin, end in zip(known, (0, *ends[key]), ends[key], strict=False):
+                made[f"blocks.{i}.{name}.w"] = part(getattr(layer, key), slice(begin, end))
+        if c.norm == "learnable":
+            made |= {f"blocks.{i}.norm_{n + 1}.gain": gain for n, gain in enumerate(layer.norms)}
+            made |= {f"blocks.{i}.attention.{n}_norm.gain": gain for n, gain in zip("qk", layer.qk_norms or (), strict=False)}
+    return made | ({"norm.gain": fused.norm_D} if c.norm == "learnable" else {})
+
+
+def part(w: Matrix, outputs: slice = slice(None)) -> Any:
+    """Some outputs of a matrix, [in, out] or packed."""
+    if isinstance(w, PackedMatrix):
+        return dataclasses.replace(w, words_OW=w.words_OW[outputs], scales_OG=w.scales_OG[outputs])
+    return w[outputs].T
+
+
+def path(weights: Mapping[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, interpret: bool = False) -> Path:
+    """For the engine, on a GPU, or anywhere with `interpret`."""
+
+    def token(fused: FusedWeights, token_B: Array, position_B: Array, valid_B: Array, caches: tuple[Cache, ...]):
+        return one_token(fused, c, token_B, position_B, valid_B, caches, interpret=interpret)
+
+    return Path(fuse(weights, c, dtype), functools.partial(plain, c=c), token, words)
+
+
+def one_token(
+    fused: FusedWeights,
+    c: ModelConfig,
+    token_B: Int[Array, " B"],
+    position_B: Int[Array, " B"],
+    valid_B: Bool[Array, " B"],
+    caches: tuple[Cache, ...],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
+    """(logits in float32, caches with the valid tokens in them) of one more token of each row."""
+    few, dtype = len(token_B) <= MOST_ROWS, fused.embedding_VD.dtype
+    product = functools.partial(matvec, interpret=interpret) if few else matmul
+
+    def in_planes_for(w: Matrix) -> bool:
+        return few and isinstance(w, PackedMatrix)
+
+    rope = rope_table(position_B[:, None], c.head_dim, c.rope_base)
+    x_BD = fused.embedding_VD[token_B]
+    x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
+    feed_BD = x_BD.astype(jnp.float32) * fused.layers[0].norms[0]
+    feed_BD = planes(feed_BD) if in_planes_for(fused.layers[0].qkv) else feed_BD
+    ahead = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
+    written = []
+    for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, ahead, strict=True)):
+        with jax.named_scope(f"block_{i}"):
+            qkv_BYH = product(feed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
+            new = NewTokens(qkv_BYH, rope, position_B, valid_B)
+            y_BX, cache = decode_attention(
+                new, caches[i], layer.qk_norms, window=c.windows[i], planes_out=in_planes_for(layer.o), interpret=interpret
+            )
+            written.append(cache)
+            add = Around(stream_BO=x_BD, gain_O=layer.norms[1], planes_out=in_planes_for(layer.up))
+            x_BD, feed_BD = product(y_BX, layer.o, add, dtype=dtype)
+            h_BF = product(feed_BD, layer.up, Around(rms_of_BI=x_BD, ffn=c.ffn, planes_out=in_planes_for(layer.down)), dtype=dtype)
+            add = Around(stream_BO=x_BD, gain_O=next_gain, planes_out=in_planes_for(next_matrix))
+            x_BD, feed_BD = product(h_BF, layer.down, add, dtype=dtype)
+    with jax.named_scope("head"):
+        logits_BV = product(feed_BD, fused.head, Around(rms_of_BI=x_BD), dtype=jnp.float32)
+    return logits_BV if c.softcap is None else c.softcap * jnp.tanh(logits_BV / c.softcap), tuple(written)

@@ -1,0 +1,1 @@
+"""Pallas kernels, each beside the plain function that it must equal."""

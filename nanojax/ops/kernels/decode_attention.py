@@ -1,0 +1,200 @@
+"""Attention of one new token a row to its cache: norms, rotation, the write to the cache and the reading of it in one pass.
+
+B batch, N query heads, K key and value heads, G = N / K, H head size, S slots, Y = N + 2K heads that the projections make, P parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Bool, Float, Int
+
+from nanojax.ops.cache import Cache, cached_attention
+from nanojax.ops.kernels.matvec import in_planes, planes
+from nanojax.ops.norm import EPS, rms_norm
+from nanojax.ops.rope import rotate
+
+SLOTS_AT_ONCE = 64
+NOTHING = -1e30  # a score of what is not seen; finite, so that differences of two are numbers
+
+
+class NewTokens(NamedTuple):
+    """One more token of each row, projected."""
+
+    qkv_BYH: Float[Array, "B Y H"]
+    """Queries, keys, values."""
+    rope_B1H: tuple[Float[Array, "B 1 H"], Float[Array, "B 1 H"]]
+    """As `rope_table` makes it."""
+    position_B: Int[Array, " B"]
+    valid_B: Bool[Array, " B"]
+    """Whether the token is to be in the cache. What one sees that is not means nothing."""
+
+
+Gains = tuple[Float[Array, " H"], Float[Array, " H"]]
+"""Of the norms on queries and keys."""
+
+
+def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None, *, window: int | None = None, planes_out: bool = False):
+    """`decode_attention` by the functions that prompts are read with."""
+    kv_heads = cache.k_BKSH.shape[1]
+    cuts = (new.qkv_BYH.shape[1] - 2 * kv_heads, new.qkv_BYH.shape[1] - kv_heads)
+    q_B1NH, k_B1KH, v_B1KH = (x[:, None] for x in jnp.split(new.qkv_BYH, cuts, axis=1))
+    if gains is not None:
+        q_B1NH, k_B1KH = rms_norm(q_B1NH, gains[0]), rms_norm(k_B1KH, gains[1])
+    q_B1NH, k_B1KH = rotate(q_B1NH, new.rope_B1H), rotate(k_B1KH, new.rope_B1H)
+    y_B1NH, cache = cached_attention(q_B1NH, k_B1KH, v_B1KH, cache, new.position_B[:, None], new.valid_B[:, None], window)
+    y_BX = y_B1NH.reshape(len(y_B1NH), -1)
+    return planes(y_BX) if planes_out else y_BX, cache
+
+
+def best_parts(instances: int, slots: int) -> int:
+    """How many share a head's slots, where a batch has so many heads; by measurements on an H200 (scripts/bench/LOG.md)."""
+    parts = 1
+    while parts < 8 and instances * parts < 128 and slots // (2 * parts) >= SLOTS_AT_ONCE:
+        parts *= 2
+    return parts
+
+
+def decode_attention(
+    new: NewTokens,
+    cache: Cache,
+    gains: Gains | None,
+    *,
+    window: int | None = None,
+    planes_out: bool = False,
+    parts: int | None = None,
+    interpret: bool = False,
+) -> tuple[Float[Array, "B N*H"], Cache]:
+    """(what each new token sees, the cache with it in it where valid), like `cached_attention` of one token.
+
+    No `gains`: there are no norms. `planes_out`: as a packed matrix takes it. `parts`, a power of two: instances that share a head's
+    slots. The cache is written in place where its buffer is donated.
+    """
+    batch, heads, size = new.qkv_BYH.shape
+    _, kv_heads, slots, _ = cache.k_BKSH.shape
+    queries = heads - 2 * kv_heads
+    parts = parts or best_parts(batch * kv_heads, slots)
+    cos_BH, sin_BH = (table.reshape(batch, size) for table in new.rope_B1H)
+    arrays = [new.qkv_BYH, cos_BH, sin_BH, *(gains or ()), new.position_B.astype(jnp.int32), new.valid_B.astype(jnp.int32), *cache]
+
+    def whole(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda b, k, p: (0,) * len(x.shape))
+
+    dtype = new.qkv_BYH.dtype
+    results = [jax.ShapeDtypeStruct((batch, queries * size), dtype)] if parts == 1 else _partial_shapes(batch, queries, parts, size)
+    results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
+    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, planes_out)
+    *made, k_BKSH, v_BKSH = pl.pallas_call(
+        functools.partial(_kernel, job),
+        out_shape=results,
+        grid=(batch, kv_heads, parts),
+        in_specs=[whole(x) for x in arrays],
+        out_specs=[whole(x) for x in results],
+        input_output_aliases={len(arrays) - 2: len(results) - 2, len(arrays) - 1: len(results) - 1},
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        name="decode_attention",
+        interpret=interpret,
+    )(*arrays)
+    y_BX = made[0] if parts == 1 else _joined(*made).astype(dtype)
+    return planes(y_BX) if planes_out and parts > 1 else y_BX, Cache(k_BKSH, v_BKSH)
+
+
+def _partial_shapes(batch: int, queries: int, parts: int, size: int) -> list[jax.ShapeDtypeStruct]:
+    """Largest score, sum of weights, weighted values, of each head and part."""
+    sums = jax.ShapeDtypeStruct((batch, queries, parts), jnp.float32)
+    return [sums, sums, jax.ShapeDtypeStruct((batch, queries, parts, size), jnp.float32)]
+
+
+def _joined(most_BNP: Array, total_BNP: Array, sum_BNPH: Array) -> Float[Array, "B N*H"]:
+    """The parts of a softmax as one."""
+    scale_BNP = jnp.exp(most_BNP - jnp.max(most_BNP, axis=2, keepdims=True))
+    y_BNH = jnp.sum(sum_BNPH * scale_BNP[..., None], axis=2) / jnp.sum(total_BNP * scale_BNP, axis=2)[..., None]
+    return y_BNH.reshape(len(y_BNH), -1)
+
+
+class _Job(NamedTuple):
+    """What a kernel is compiled for."""
+
+    normed: bool
+    group: int
+    kv_heads: int
+    half: int
+    slots: int
+    window: int | None
+    parts: int
+    planes_out: bool
+
+
+def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
+    """One instance: one key and value head of one row, and a part of its slots."""
+    q_gain, k_gain = refs[:2] if job.normed else (None, None)
+    position_ref, valid_ref, k_ref, v_ref, *outs, new_k_ref, new_v_ref = refs[2 * job.normed :]
+    b, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
+    angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
+
+    def turned(head, gain_ref):
+        gains = None if gain_ref is None else [gain_ref[at] for at in halves]
+        return _turned([qkv_ref[b, head, at] for at in halves], gains, angle)
+
+    asked = [[x / math.sqrt(2 * job.half) for x in turned(k * job.group + g, q_gain)] for g in range(job.group)]
+    key, value = turned(queries + k, k_gain), qkv_ref[b, queries + job.kv_heads + k, :].astype(jnp.float32)
+
+    @pl.when((part == 0) & (valid_ref[b] != 0))
+    def _():
+        slot = position % job.slots
+        new_k_ref[b, k, slot, halves[0]], new_k_ref[b, k, slot, halves[1]] = (x.astype(dtype) for x in key)
+        new_v_ref[b, k, slot, :] = value.astype(dtype)
+
+    # The token itself is taken from registers, by the first part: in memory it appears at any time.
+    own = (part == 0).astype(jnp.float32)
+    states = tuple((jnp.sum(x[0] * key[0] + x[1] * key[1]), own, own * value) for x in asked)
+    step = min(SLOTS_AT_ONCE, job.slots // job.parts)
+
+    def read(i, states):
+        at = pl.ds(i * step, step)
+        keys = [k_ref[b, k, at, half].astype(jnp.float32) for half in halves]
+        values = v_ref[b, k, at, :].astype(jnp.float32)
+        # The slot of the position before holds that, the slot before the position before it, and so on, round the ring.
+        behind = 1 + (position - 1 - (i * step + jnp.arange(step)) + job.slots) % job.slots
+        seen = (behind <= position) & (behind < (job.slots if job.window is None else job.window))
+        return tuple(_softmax_step(x, state, keys, values, seen) for x, state in zip(asked, states, strict=True))
+
+    each = job.slots // job.parts // step
+    used = (jnp.minimum(position, job.slots) + step - 1) // step
+    states = jax.lax.fori_loop(part * each, jnp.minimum(used, (part + 1) * each), read, states)
+    for g, (most, total, y) in enumerate(states):
+        head = k * job.group + g
+        if job.parts > 1:
+            outs[0][b, head, part], outs[1][b, head, part], outs[2][b, head, part, :] = most, total, y
+        else:
+            at = head * 2 * job.half + jnp.arange(2 * job.half)
+            outs[0][b, in_planes(at, queries * 2 * job.half) if job.planes_out else at] = (y / total).astype(outs[0].dtype)
+
+
+def _turned(head, gains, angle):
+    """A head's two halves, normalised and rotated, rounded where `rms_norm` and `rotate` round."""
+    dtype = head[0].dtype
+    x, y = (half.astype(jnp.float32) for half in head)
+    if gains is not None:
+        over = jax.lax.rsqrt(jnp.sum(x * x + y * y) / (2 * x.shape[0]) + EPS)
+        x, y = (
+            (half * over * gain.astype(jnp.float32)).astype(dtype).astype(jnp.float32) for half, gain in zip((x, y), gains, strict=True)
+        )
+    cos, minus_sin = angle
+    return [half.astype(dtype).astype(jnp.float32) for half in (x * cos + y * minus_sin, y * cos - x * minus_sin)]
+
+
+def _softmax_step(x, state, keys, values, seen):
+    """(largest score, sum of weights, sum of weighted values) after some more keys. Milakov & Gimelshein 2018, arXiv:1805.02867, alg. 3."""
+    most, total, y = state
+    scores = jnp.where(seen, jnp.sum(keys[0] * x[0][None] + keys[1] * x[1][None], axis=1), NOTHING)
+    new = jnp.maximum(most, jnp.max(scores))
+    kept, weights = jnp.exp(most - new), jnp.where(seen, jnp.exp(scores - new), 0.0)
+    return new, total * kept + jnp.sum(weights), y * kept + jnp.sum(values * weights[:, None], axis=0)

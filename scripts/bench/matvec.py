@@ -1,0 +1,114 @@
+"""Speed of the products of decoding at a preset's sizes, by cut.   python scripts/bench/matvec.py configs/d32.py"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from nanojax.cli import FLAT, parse, split_preset
+from nanojax.config import Config, ModelConfig
+from nanojax.errors import run_main
+
+READ = 2**27  # bytes of different matrices in turn: beyond any cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to time."""
+
+    formats: tuple[str, ...] = ("bf16", "nvfp4")
+    """bf16, int4, nvfp4 or mxfp4."""
+    outputs: tuple[int, ...] = (4, 8, 16)
+    """Outputs of an instance of the kernel."""
+    lanes: tuple[int, ...] = (128, 256, 512)
+    """Columns, or words of eight codes, that it reads at a time."""
+    warps: tuple[int, ...] = (4,)
+    rows: int = 1
+    """Of the batch."""
+    config: Annotated[Config, FLAT] = field(default_factory=Config)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print, for each product and format, what the cut that is in use takes, and the fastest others."""
+    config, rest = split_preset(argv)
+    bench = parse(Bench, rest, prog="matvec.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
+
+    import jax
+
+    from nanojax.ops.kernels.matvec import Cut
+
+    print(f"{jax.devices()[0].device_kind}, {bench.rows} rows\n| product | format | cut | us | GB/s |\n|---|---|---|---|---|")
+    for (name, (outputs, inputs, ffn)), format in itertools.product(products(bench.config.model).items(), bench.formats):
+        cuts = [Cut(*cut) for cut in itertools.product(bench.outputs, bench.lanes, bench.warps)]
+        found = [(None, *timed(outputs, inputs, ffn, format, bench.rows, None))]
+        found += sorted(((cut, *timed(outputs, inputs, ffn, format, bench.rows, cut)) for cut in cuts), key=lambda row: row[1])[:3]
+        for cut, seconds, size in found:
+            words = f"{cut.outputs} x {cut.lanes}, {cut.warps} warps" if cut else "in use"
+            print(f"| {name} {outputs} x {inputs} | {format} | {words} | {1e6 * seconds:.2f} | {size / seconds / 1e9:.0f} |", flush=True)
+
+
+def products(c: ModelConfig) -> dict[str, tuple[int, int, str | None]]:
+    """Name -> outputs, inputs, activation."""
+    queries, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
+    gated = c.ffn == "swiglu"
+    return {
+        "qkv": (queries + 2 * keys, c.width, None),
+        "o": (c.width, queries, None),
+        "up": ((1 + gated) * c.hidden, c.width, c.ffn),
+        "down": (c.width, c.hidden, None),
+        "head": (c.vocab_size, c.width, None),
+    }
+
+
+def random_matrix(outputs: int, inputs: int, format: str, seed: int) -> Any:
+    """A matrix of random bits of that format, which stand for finite numbers."""
+    import jax
+    import jax.numpy as jnp
+
+    from nanojax.formats import FORMATS
+    from nanojax.ops.packed import PackedMatrix
+
+    key, other = jax.random.split(jax.random.key(seed))
+    if format == "bf16":
+        return 0.02 * jax.random.normal(key, (outputs, inputs), jnp.bfloat16)
+    words = jax.random.bits(key, (outputs, inputs // 8), jnp.uint32).astype(jnp.int32)
+    shape = (outputs, inputs // FORMATS[format].block)
+    if format == "int4":
+        return PackedMatrix(words | 0x11111111, jax.random.uniform(other, shape, maxval=0.01), None, format)
+    low, high = (32, 104) if format == "nvfp4" else (115, 121)
+    scales = jax.random.randint(other, shape, low, high).astype(jnp.uint8)
+    return PackedMatrix(words, scales, jnp.float32(1000) if format == "nvfp4" else None, format)
+
+
+def timed(outputs: int, inputs: int, ffn: str | None, format: str, rows: int, cut: Any) -> tuple[float, int]:
+    """(seconds of one product among many of other matrices, bytes of the matrix)."""
+    import jax
+    import jax.numpy as jnp
+
+    from nanojax.ops.kernels.matvec import Around, matvec
+
+    make = jax.jit(random_matrix, static_argnums=(0, 1, 2))
+    first = make(outputs, inputs, format, 0)
+    matrices = [first, *(make(outputs, inputs, format, i) for i in range(1, max(2, READ // first.nbytes)))]
+    x = jnp.ones((rows, inputs))
+    stream = jnp.zeros((rows, inputs))
+
+    def run(matrices: list[Any], x: Any) -> list[Any]:
+        return [matvec(x, w, Around(rms_of_BI=stream, ffn=ffn), cut=cut) for w in matrices]
+
+    jitted, seconds = jax.jit(run), []
+    jax.block_until_ready(jitted(matrices, x))
+    for _ in range(10):
+        began = time.perf_counter()
+        jax.block_until_ready([jitted(matrices, x) for _ in range(4)])
+        seconds.append((time.perf_counter() - began) / 4 / len(matrices))
+    return statistics.median(seconds), first.nbytes
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
