@@ -20,7 +20,7 @@ from nanojax.ops.kernels.matvec import in_planes, planes
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import rotate
 
-SLOTS_AT_ONCE = 64
+SLOTS_AT_ONCE, WARPS = 64, 4
 NOTHING = -1e30  # a score of what is not seen; finite, so that differences of two are numbers
 
 
@@ -97,7 +97,7 @@ def decode_attention(
         in_specs=[whole(x) for x in arrays],
         out_specs=[whole(x) for x in results],
         input_output_aliases={len(arrays) - 2: len(results) - 2, len(arrays) - 1: len(results) - 1},
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name="decode_attention",
         interpret=interpret,
     )(*arrays)
@@ -139,10 +139,19 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
     angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
 
+    step = min(SLOTS_AT_ONCE, job.slots // job.parts)
+    each = job.slots // job.parts // step
+    used = (jnp.minimum(position, job.slots) + step - 1) // step
+
+    def load(i):
+        at = pl.ds(i * step, step)
+        return *(k_ref[b, k, at, half] for half in halves), v_ref[b, k, at, :]
+
     def turned(head, gain_ref):
         gains = None if gain_ref is None else [gain_ref[at] for at in halves]
         return _turned([qkv_ref[b, head, at] for at in halves], gains, angle)
 
+    first = load(part * each)  # on its way while the new token is normalised
     asked = [[x / math.sqrt(2 * job.half) for x in turned(k * job.group + g, q_gain)] for g in range(job.group)]
     key, value = turned(queries + k, k_gain), qkv_ref[b, queries + job.kv_heads + k, :].astype(jnp.float32)
 
@@ -155,20 +164,17 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     # The token itself is taken from registers, by the first part: in memory it appears at any time.
     own = (part == 0).astype(jnp.float32)
     states = tuple((jnp.sum(x[0] * key[0] + x[1] * key[1]), own, own * value) for x in asked)
-    step = min(SLOTS_AT_ONCE, job.slots // job.parts)
 
-    def read(i, states):
-        at = pl.ds(i * step, step)
-        keys = [k_ref[b, k, at, half].astype(jnp.float32) for half in halves]
-        values = v_ref[b, k, at, :].astype(jnp.float32)
+    def read(i, carry):
+        tile, states = carry
+        following = load(jnp.minimum(i + 1, job.slots // step - 1))
         # The slot of the position before holds that, the slot before the position before it, and so on, round the ring.
         behind = 1 + (position - 1 - (i * step + jnp.arange(step)) + job.slots) % job.slots
         seen = (behind <= position) & (behind < (job.slots if job.window is None else job.window))
-        return tuple(_softmax_step(x, state, keys, values, seen) for x, state in zip(asked, states, strict=True))
+        low, high, values = (x.astype(jnp.float32) for x in tile)
+        return following, tuple(_softmax_step(x, state, (low, high), values, seen) for x, state in zip(asked, states, strict=True))
 
-    each = job.slots // job.parts // step
-    used = (jnp.minimum(position, job.slots) + step - 1) // step
-    states = jax.lax.fori_loop(part * each, jnp.minimum(used, (part + 1) * each), read, states)
+    _, states = jax.lax.fori_loop(part * each, jnp.minimum(used, (part + 1) * each), read, (first, states))
     for g, (most, total, y) in enumerate(states):
         head = k * job.group + g
         if job.parts > 1:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,9 +30,9 @@ Matrix = Any
 """A bf16 array [O, I], or a PackedMatrix."""
 MOST_ROWS = 8
 LONGEST_SUM = 1024
-# A code's exponent and mantissa, put where float32 has the ends of its own, read 2^126 too small, some of them as denormals. Inputs grow
+# A code's exponent and mantissa, put where bf16 has the ends of its own, read 2^126 too small, some of them as denormals. Inputs grow
 # before they meet one, so that no product is denormal; what is left to make good is made good on the sum.
-E2M1_BITS, E2M1_SHRINK, GROWTH = 0x81C00000 - 2**32, 2.0**126, 2.0**64
+E2M1_SHRINK, GROWTH = 2.0**126, 2.0**64
 E4M3_SHRINK = 2.0**120  # of E4M3 in float32, likewise
 INT4_BITS, INT4_ZERO = 0x4B000000, 2.0**23 + 8  # 2^23 in float32, whose last bits are units
 
@@ -188,25 +189,27 @@ def _kernel(job: _Job, x_ref, *refs):
     refs = list(refs)
     rms_ref = refs.pop(0) if job.rms else None
     matrices, refs = [refs[tile * job.arrays :][: job.arrays] for tile in range(job.tiles)], refs[job.tiles * job.arrays :]
-    rows, inputs = x_ref.shape
-    growth = GROWTH if job.shrunk else 1.0
+    rows = range(x_ref.shape[0])
+    # What is needed last is asked for first: memory takes as long to answer as all of the arithmetic.
+    squared = [_pieces_of(rms_ref, b) if rms_ref is not None else None for b in rows]
+    streams = [refs[0][b, :].astype(jnp.float32) if job.stream else None for b in rows]
+    gain = refs[1][...].astype(jnp.float32) if job.stream else None
+    factor = E2M1_SHRINK / GROWTH if job.shrunk else 1.0
+    factor = factor / matrices[0][2][0] if job.arrays == 3 else factor
     sums: dict[tuple[int, int, int], Any] = {}
     for start, lanes in _pieces(job.columns, job.cut.lanes):
-        at = [pl.ds(plane * job.columns + start, lanes) for plane in range(inputs // job.columns)]
-        xs = [[x_ref[b, part].astype(jnp.float32) * growth for part in at] for b in range(rows)]
+        xs = [_inputs(job, x_ref, b, start, lanes) for b in rows]
         for tile, matrix in enumerate(matrices):
-            values, scales = _weights(matrix, job, start, lanes)
-            for b in range(rows):
-                part = functools.reduce(jnp.add, (value * x[None, :] for value, x in zip(values, xs[b], strict=True)))
-                part = part if scales is None else part * scales
-                sums[tile, b, lanes] = sums[tile, b, lanes] + part if (tile, b, lanes) in sums else part
-    factor = E2M1_SHRINK / GROWTH if job.shrunk else 1.0
-    if job.arrays == 3:
-        factor = factor / matrices[0][2][0]
-    for b in range(rows):
-        over = factor if rms_ref is None else factor * jax.lax.rsqrt(_mean_square(rms_ref, b) + EPS)
+            part = _products(matrix, job, start, lanes)
+            for b in rows:
+                sums[tile, b, lanes] = sums[tile, b, lanes] + part(xs[b]) if (tile, b, lanes) in sums else part(xs[b])
+    for b in rows:
         ys = [[s.sum(axis=1) for (tile, row, _), s in sums.items() if (tile, row) == (t, b)] for t in range(job.tiles)]
-        _finish(job, [functools.reduce(jnp.add, parts) * over for parts in ys], b, refs)
+        over = factor
+        if (pieces := squared[b]) is not None:
+            total, size = functools.reduce(jnp.add, (jnp.sum(piece * piece) for piece in pieces)), sum(piece.shape[0] for piece in pieces)
+            over = factor * jax.lax.rsqrt(total / size + EPS)
+        _finish(job, [functools.reduce(jnp.add, y) * over for y in ys], b, streams[b], gain, refs[-2:])
 
 
 def _pieces(columns: int, most: int) -> list[tuple[int, int]]:
@@ -219,46 +222,74 @@ def _pieces(columns: int, most: int) -> list[tuple[int, int]]:
     return found
 
 
-def _weights(matrix, job: _Job, start: int, lanes: int):
-    """(float32 values [outputs, lanes] of each plane, scales of them all or None) of a piece of a matrix."""
+def _pieces_of(ref, b: int) -> list[Array]:
+    """Row b in float32, in pieces."""
+    return [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in _pieces(ref.shape[1], LONGEST_SUM)]
+
+
+def _inputs(job: _Job, x_ref, b: int, start: int, lanes: int) -> list[Array]:
+    """What row b's inputs of a piece are multiplied as: float32, of each plane, or pairs of bf16 of planes that are four apart."""
+    count = 1 if job.format is None else CODES
+    planes = [x_ref[b, pl.ds(plane * job.columns + start, lanes)].astype(jnp.float32) for plane in range(count)]
+    if not job.shrunk:
+        return planes
+    bits = [jax.lax.bitcast_convert_type(x * GROWTH, jnp.int32) + 0x8000 for x in planes]  # to the nearest bf16, in the upper half
+    return [(low >> 16 & 0xFFFF) | (high & -0x10000) for low, high in zip(bits[:4], bits[4:], strict=True)]
+
+
+def _products(matrix, job: _Job, start: int, lanes: int) -> Callable[[list[Array]], Array]:
+    """Inputs of a piece -> their products with a matrix [outputs, lanes], those of the codes of a word summed."""
     if job.format is None:
-        return [matrix[0][:, pl.ds(start, lanes)].astype(jnp.float32)], None
+        w = matrix[0][:, pl.ds(start, lanes)].astype(jnp.float32)
+        return lambda xs: w * xs[0][None, :]
     words = matrix[0][:, pl.ds(start, lanes)]
     per_scale = matrix[0].shape[1] // matrix[1].shape[1]
     row, column = jnp.arange(words.shape[0])[:, None], (start + jnp.arange(lanes)[None, :]) // per_scale
     scales = matrix[1][jnp.broadcast_to(row, words.shape), jnp.broadcast_to(column, words.shape)]
     as_float = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    if job.format == "int4":
-        return [as_float(words >> 4 * j & 15 | INT4_BITS) - INT4_ZERO for j in range(CODES)], scales
     if job.format == "mxfp4":
         scales = as_float(scales.astype(jnp.int32) << 23)
-    else:
+    elif job.format != "int4":
         bits = scales.astype(jnp.int32) << 20
         scales = as_float(bits) * E4M3_SHRINK if job.shrunk else jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32)
-    if not job.shrunk:
-        return [e2m1_values((words >> 4 * j & 15).astype(jnp.uint8)) for j in range(CODES)], scales
-    # Up to the top of the word, then down again with the sign dragged along: to bits 31 and 24 to 22.
-    return [as_float((words << 4 * (CODES - 1 - j)) >> 6 & E2M1_BITS) for j in range(CODES)], scales
+    if job.shrunk:
+        return lambda xs: _e2m1_products(words, xs) * scales
+    codes = [words >> 4 * j & 15 for j in range(CODES)]
+    values = [as_float(code | INT4_BITS) - INT4_ZERO if job.format == "int4" else e2m1_values(code.astype(jnp.uint8)) for code in codes]
+    return lambda xs: functools.reduce(jnp.add, (value * x[None, :] for value, x in zip(values, xs, strict=True))) * scales
 
 
-def _mean_square(ref, b: int):
-    """Of row b."""
-    parts = [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in _pieces(ref.shape[1], LONGEST_SUM)]
-    return functools.reduce(jnp.add, (jnp.sum(part * part) for part in parts)) / ref.shape[1]
+def _e2m1_products(words: Int[Array, "O W"], pairs: list[Array]) -> Float[Array, "O W"]:
+    """Of the eight codes of each word with pairs of bf16: two sums of four, in bf16, then one in float32.
+
+    In PTX, two codes an instruction, as Triton would not write it. Each code's sign goes to bit 15 of its half, the rest to bits 8 to 6.
+    """
+    pick = "and.b32 s, s, 0x80008000; lop3.b32 v, m, 0x01C001C0, s, 0xEA; fma.rn.bf16x2 a, v, ${}, a;"
+    moves = ("shl.b32 s, $1, 12; shl.b32 m, $1, 6;", "shl.b32 s, $1, 8; shl.b32 m, $1, 2;", "shl.b32 s, $1, 4; shr.b32 m, $1, 2;",
+             "mov.b32 s, $1; shr.b32 m, $1, 6;")  # fmt: skip
+    body = " ".join(f"{move} {pick.format(j + 2)}" for j, move in enumerate(moves))
+    add = "shl.b32 s, a, 16; and.b32 m, a, 0xFFFF0000; mov.b32 low, s; mov.b32 high, m; add.f32 $0, low, high;"
+    (products,) = triton.elementwise_inline_asm(
+        f"{{ .reg .b32 s, m, v, a; .reg .f32 low, high; mov.b32 a, 0x80008000; {body} {add} }}",
+        args=[words, *(jnp.broadcast_to(pair[None, :], words.shape) for pair in pairs)],
+        constraints="=f,r,r,r,r,r",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(words.shape, jnp.float32)],
+    )
+    return products
 
 
-def _finish(job: _Job, ys, b: int, refs):
+def _finish(job: _Job, ys, b: int, stream, gain, out_refs):
     """Write row b of an instance's outputs, and what the next product reads."""
-    y, read_ref = ys[0], refs[-1]
+    y, read_ref = ys[0], out_refs[-1]
     if job.ffn == "swiglu":
         y = y / (1 + jnp.exp(-y)) * ys[1]
     if job.ffn == "relu2":
         y = jnp.square(jnp.maximum(y, 0))
     if job.stream:
-        stream_ref, gain_ref, new_ref, _ = refs
-        new = (stream_ref[b, :].astype(jnp.float32) + y).astype(new_ref.dtype)
-        new_ref[b, :] = new
-        y = new.astype(jnp.float32) * gain_ref[...].astype(jnp.float32)
+        new = (stream + y).astype(out_refs[0].dtype)
+        out_refs[0][b, :] = new
+        y = new.astype(jnp.float32) * gain
     if job.planes_out:
         position = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0])
         read_ref[b, in_planes(position, read_ref.shape[1])] = y.astype(read_ref.dtype)
