@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from nanojax.infer.sampling import Controls, draw
+from nanojax.infer.sampling import Controls, draw, likeliest
 from nanojax.model import GPT, merge
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.cache import Cache, cached_attention, write
@@ -93,13 +93,16 @@ def read(gpt: GPT, state: State, tokens_BT: Int[Array, "B T"], start: Int[Array,
 
 
 def add(
-    one_token: Callable, weights: Any, state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, filters: bool
+    one_token: Callable, weights: Any, state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, drawn: str
 ) -> tuple[State, Int[Array, "B N"]]:
-    """(state, tokens) after `limit` more tokens, at most `stride`, or fewer once all rows are done; NO_TOKEN where a row was."""
+    """(state, tokens) after `limit` more tokens, at most `stride`, or fewer once all rows are done; NO_TOKEN where a row was.
+
+    `drawn` says what the rows need: `likeliest` where all have temperature 0, `free` where none leaves tokens out, `filtered`.
+    """
 
     def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         n, state, tokens_BN = carry
-        token_B = draw(state.logits_BV, asked.controls, state.made_B, filters)
+        token_B = next_token(state, asked, drawn)
         tokens_BN = tokens_BN.at[:, n].set(jnp.where(state.done_B, NO_TOKEN, token_B))
         made_B = state.made_B + ~state.done_B
         done_B = state.done_B | asked.stop_V[token_B] | (made_B >= asked.budget_B)
@@ -113,6 +116,13 @@ def add(
 
     none_BN = jnp.full((len(asked.budget_B), stride), NO_TOKEN, jnp.int32)
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, none_BN))[1:]
+
+
+def next_token(state: State, asked: Asked, drawn: str) -> Int[Array, " B"]:
+    """Of each row; `drawn` as of `add`."""
+    if drawn == "likeliest":
+        return likeliest(state.logits_BV)
+    return draw(state.logits_BV, asked.controls, state.made_B, filters=drawn == "filtered")
 
 
 def forward(

@@ -75,7 +75,7 @@ class Engine:
         self._grow = jit(self._grown, static_argnums=1)
         self._begin = jit(self._begun, static_argnums=(4, 5))
         self._read = jit(lambda weights, *rest: read(self._gpt(weights), *rest), donate_argnums=1)
-        self._add = jit(functools.partial(add, self.path.one_token, stride=stride), donate_argnums=1, static_argnames="filters")
+        self._add = jit(functools.partial(add, self.path.one_token, stride=stride), donate_argnums=1, static_argnames="drawn")
 
     def generate(
         self,
@@ -152,7 +152,8 @@ class Engine:
         budgets = [min(row.tokens, n) for row, n in zip(rows, room, strict=True)]
         idle = power_of_two(len(rows)) - len(rows)  # rows that fill the batch up
         asked = self._asked(rows, budgets, idle, stops)
-        state, filters = self._prefill(prompts, budgets, idle), any(row.filters for row in rows)
+        state = self._prefill(prompts, budgets, idle)
+        drawn = "filtered" if any(row.filters for row in rows) else "free" if any(row.temperature for row in rows) else "likeliest"
 
         made, finishes = [0] * len(rows), [""] * len(rows)
         limit = 1
@@ -160,7 +161,7 @@ class Engine:
             ahead = (length + min(n + limit, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
             state = self._with_slots(state, max(ahead, default=0))
             with jax.set_mesh(self.mesh):
-                state, tokens_BN = self._add(self.path.weights, state, asked, np.int32(limit), filters=filters)
+                state, tokens_BN = self._add(self.path.weights, state, asked, np.int32(limit), drawn=drawn)
             pieces = []
             for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
                 new = [token for token in tokens_N if token != NO_TOKEN]

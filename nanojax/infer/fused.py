@@ -136,7 +136,7 @@ def one_token(
     rope = rope_table(position_B[:, None], c.head_dim, c.rope_base)
     x_BD = fused.embedding_VD[token_B]
     x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
-    feed_BD = x_BD.astype(jnp.float32) * fused.layers[0].norms[0]
+    feed_BD = x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None]
     feed_BD = planes(feed_BD) if in_planes_for(fused.layers[0].qkv) else feed_BD
     ahead = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
     written = []

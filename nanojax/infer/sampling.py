@@ -49,7 +49,12 @@ def draw(logits_BV: Float[Array, "B V"], controls: Controls, index_B: Int[Array,
         drawn_B = jnp.take_along_axis(order_BV, best_B[:, None], axis=1)[:, 0]
     else:
         drawn_B = jnp.argmax(scaled_BV + noise_BV, axis=1)
-    return jnp.where(controls.temperature_B > 0, drawn_B, jnp.argmax(logits_BV, axis=1)).astype(jnp.int32)
+    return jnp.where(controls.temperature_B > 0, drawn_B, likeliest(logits_BV)).astype(jnp.int32)
+
+
+def likeliest(logits_BV: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The token of the largest logit of each row, of equals the first."""
+    return jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
 
 
 def kept(ranked_BV: Float[Array, "B V"], controls: Controls) -> Bool[Array, "B V"]:

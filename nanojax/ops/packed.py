@@ -45,7 +45,7 @@ class PackedMatrix:
 
 def unpacked(w: PackedMatrix, dtype: DTypeLike) -> Float[Array, "I O"]:
     """The kernel [in, out] that a packed matrix stands for."""
-    shifts = 4 * jnp.arange(CODES)
+    shifts = 4 * jnp.arange(CODES)[None, None, :]
     codes_OI = ((w.words_OW[:, :, None] >> shifts) & 15).astype(jnp.uint8).reshape(w.shape)
     scales_OG = w.scales_OG if w.global_scale is None else jax.lax.bitcast_convert_type(w.scales_OG, jnp.float8_e4m3fn)
     return dequantize(QuantizedArray(codes_OI.T, scales_OG.T, w.global_scale, w.format), dtype)

@@ -1,4 +1,4 @@
-"""Step time and memory of each precision beside bf16, alternating in one process.   python scripts/bench/precisions.py configs/d12.py"""
+"""Step time and memory of variants of a run, alternating in one process.   python scripts/bench/precisions.py configs/d12.py"""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config
@@ -20,6 +21,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mxfp4": dict(precision="mxfp4"),
     "int4": dict(precision="int4"),
     "full": dict(fp4_recipe="full"),
+    "te": dict(attn_impl="te"),
+    "cudnn": dict(attn_impl="cudnn"),
+    "xla": dict(attn_impl="xla", micro_batch=4),  # it keeps the T x T scores of each layer
 }
 
 
@@ -28,7 +32,7 @@ class Bench:
     """What to time."""
 
     names: tuple[str, ...] = ("bf16", "nvfp4", "nvfp4_2d", "mxfp4", "int4")
-    """Of bf16, nvfp4, nvfp4_2d, mxfp4, int4 and full, the full recipe."""
+    """Of bf16, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; te, cudnn, xla, the attention."""
     rounds: int = 4
     """Turns of each, alternating; the first is dropped."""
     steps_a_round: int = 5
@@ -46,26 +50,34 @@ def main(argv: Sequence[str]) -> None:
 
     from nanojax.data.loader import Batch
     from nanojax.mesh import batch_sharding
+    from nanojax.ops.attention import compiled_kernels
     from nanojax.program import make_program
     from nanojax.sizes import resolve
 
     base = resolve(bench.config, bench.config.model.vocab_size)
-    steps, states, times, facts = {}, {}, {name: [] for name in bench.names}, {}
-    tokens = None
-    for name in bench.names:
+    drawn = np.random.default_rng(0).integers(0, base.model.vocab_size, (2, base.batch_tokens), np.int32)
+    states, times, facts = {}, {name: [] for name in bench.names}, {}
+
+    def prepared(name: str) -> tuple[Any, Any, Any]:
         program = make_program(replace(base, train=replace(base.train, **VARIANTS[name])), jax.devices()[:1])
-        if tokens is None:
-            shape = (program.accumulation, program.rows, base.model.seq_len)
-            draw = np.random.default_rng(0).integers(0, base.model.vocab_size, (2, *shape), np.int32)
-            tokens = Batch(*jax.device_put((*draw, np.ones(shape, np.int32)), batch_sharding(program.mesh)))
+        shape = (program.accumulation, program.rows, base.model.seq_len)
+        arrays = (*(part.reshape(shape) for part in drawn), np.ones(shape, np.int32))
+        tokens = Batch(*jax.device_put(arrays, batch_sharding(program.mesh)))
+        with jax.set_mesh(program.mesh):
+            began, jitted = time.perf_counter(), cast(Any, program.phases[0].train_step)
+            compiled = jitted.lower(program.shapes, tokens).compile()
+        took, temporary = time.perf_counter() - began, compiled.memory_analysis().temp_size_in_bytes
+        kernels = compiled_kernels(program.attention, compiled.as_text())
+        facts[name] = (took, temporary, program.parameters, f"{program.accumulation} x {program.rows} rows, attention {kernels}")
+        return program, tokens, compiled
+
+    with ThreadPoolExecutor(len(bench.names)) as pool:
+        steps = dict(zip(bench.names, pool.map(prepared, bench.names), strict=True))
+    for name, (program, _, _) in steps.items():
         with jax.set_mesh(program.mesh):
             states[name] = program.init(jax.random.key(0))
-            began = time.perf_counter()
-            jitted: Any = program.phases[0].train_step
-            steps[name] = jitted.lower(states[name], tokens).compile()
-            facts[name] = (time.perf_counter() - began, steps[name].memory_analysis().temp_size_in_bytes, program.parameters)
     for turn in range(bench.rounds):
-        for name, step in steps.items():
+        for name, (_, tokens, step) in steps.items():
             began = time.perf_counter()
             for _ in range(bench.steps_a_round):
                 states[name], _ = step(states[name], tokens)
@@ -75,11 +87,12 @@ def main(argv: Sequence[str]) -> None:
     first = bench.names[0]
     print(f"{jax.devices()[0].device_kind}, {facts[first][2]:,} parameters, {base.batch_tokens:,} tokens a step")
     for name, values in times.items():
-        took, (compiled, temporary, size) = statistics.median(values), facts[name]
+        took, (compiled, temporary, size, words) = statistics.median(values), facts[name]
         turns = ", ".join(f"{1e3 * value:.2f}" for value in values)
+        ratio = took / statistics.median(times[first])
         print(
-            f"{name:<10}{1e3 * took:9.2f} ms a step, {took / statistics.median(times[first]):.4f} of {first}, "
-            f"{(temporary - facts[first][1]) / size:+.3f} bytes a parameter, compiled in {compiled:.1f} s, turns {turns}"
+            f"{name:<10}{1e3 * took:9.2f} ms a step, {base.batch_tokens / took:,.0f} tok/s, {ratio:.4f} of {first}, "
+            f"{(temporary - facts[first][1]) / size:+.3f} bytes a parameter, compiled in {compiled:.1f} s, turns {turns}; {words}"
         )
 
 

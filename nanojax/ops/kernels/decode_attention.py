@@ -1,6 +1,7 @@
 """Attention of one new token a row to its cache: norms, rotation, the write to the cache and the reading of it in one pass.
 
-B batch, N query heads, K key and value heads, G = N / K, H head size, S slots, Y = N + 2K heads that the projections make, P parts.
+B batch, N query heads, K key and value heads, G = N / K, H head size, S slots, Y = N + 2K heads that the
+projections make, X = N H, P parts.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def decode_attention(
     planes_out: bool = False,
     parts: int | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B N*H"], Cache]:
+) -> tuple[Float[Array, "B X"], Cache]:
     """(what each new token sees, the cache with it in it where valid), like `cached_attention` of one token.
 
     No `gains`: there are no norms. `planes_out`: as a packed matrix takes it. `parts`, a power of two: instances that share a head's
@@ -101,21 +102,35 @@ def decode_attention(
         name="decode_attention",
         interpret=interpret,
     )(*arrays)
-    y_BX = made[0] if parts == 1 else _joined(*made).astype(dtype)
-    return planes(y_BX) if planes_out and parts > 1 else y_BX, Cache(k_BKSH, v_BKSH)
+    if parts > 1:
+        made = pl.pallas_call(
+            functools.partial(_join, planes_out),
+            out_shape=[jax.ShapeDtypeStruct((batch, queries * size), dtype)],
+            grid=(batch, queries),
+            compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
+            name="decode_attention_join",
+            interpret=interpret,
+        )(*made)
+    return made[0], Cache(k_BKSH, v_BKSH)
 
 
 def _partial_shapes(batch: int, queries: int, parts: int, size: int) -> list[jax.ShapeDtypeStruct]:
-    """Largest score, sum of weights, weighted values, of each head and part."""
-    sums = jax.ShapeDtypeStruct((batch, queries, parts), jnp.float32)
-    return [sums, sums, jax.ShapeDtypeStruct((batch, queries, parts, size), jnp.float32)]
+    """Largest score and sum of weights of each part and head, weighted values in the order of the result."""
+    sums = jax.ShapeDtypeStruct((batch, parts, queries), jnp.float32)
+    return [sums, sums, jax.ShapeDtypeStruct((batch, parts, queries * size), jnp.float32)]
 
 
-def _joined(most_BNP: Array, total_BNP: Array, sum_BNPH: Array) -> Float[Array, "B N*H"]:
-    """The parts of a softmax as one."""
-    scale_BNP = jnp.exp(most_BNP - jnp.max(most_BNP, axis=2, keepdims=True))
-    y_BNH = jnp.sum(sum_BNPH * scale_BNP[..., None], axis=2) / jnp.sum(total_BNP * scale_BNP, axis=2)[..., None]
-    return y_BNH.reshape(len(y_BNH), -1)
+def _join(planes_out: bool, most_ref, total_ref, sum_ref, y_ref):
+    """One instance: one head of one row, its parts of a softmax made one."""
+    b, head, parts, heads = pl.program_id(0), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
+    size = sum_ref.shape[2] // heads
+    at = head * size + jnp.arange(size)
+    at = in_planes(at, heads * size) if planes_out else at
+    most = [most_ref[b, part, head] for part in range(parts)]
+    scales = [jnp.exp(x - functools.reduce(jnp.maximum, most)) for x in most]
+    total = functools.reduce(jnp.add, (total_ref[b, part, head] * scale for part, scale in enumerate(scales)))
+    y = functools.reduce(jnp.add, (sum_ref[b, part, at] * scale for part, scale in enumerate(scales)))
+    y_ref[b, at] = (y / total).astype(y_ref.dtype)
 
 
 class _Job(NamedTuple):
@@ -140,18 +155,18 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
 
     step = min(SLOTS_AT_ONCE, job.slots // job.parts)
-    each = job.slots // job.parts // step
+    turns = job.slots // job.parts // step
     used = (jnp.minimum(position, job.slots) + step - 1) // step
 
     def load(i):
-        at = pl.ds(i * step, step)
+        at = pl.ds((i * job.parts + part) * step, step)  # parts take turns, so that those of a short text share it
         return *(k_ref[b, k, at, half] for half in halves), v_ref[b, k, at, :]
 
     def turned(head, gain_ref):
         gains = None if gain_ref is None else [gain_ref[at] for at in halves]
         return _turned([qkv_ref[b, head, at] for at in halves], gains, angle)
 
-    first = load(part * each)  # on its way while the new token is normalised
+    first = load(0)  # on its way while the new token is normalised
     asked = [[x / math.sqrt(2 * job.half) for x in turned(k * job.group + g, q_gain)] for g in range(job.group)]
     key, value = turned(queries + k, k_gain), qkv_ref[b, queries + job.kv_heads + k, :].astype(jnp.float32)
 
@@ -167,21 +182,22 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
 
     def read(i, carry):
         tile, states = carry
-        following = load(jnp.minimum(i + 1, job.slots // step - 1))
+        following, begin = load(jnp.minimum(i + 1, turns - 1)), (i * job.parts + part) * step
         # The slot of the position before holds that, the slot before the position before it, and so on, round the ring.
-        behind = 1 + (position - 1 - (i * step + jnp.arange(step)) + job.slots) % job.slots
+        behind = 1 + (position - 1 - (begin + jnp.arange(step)) + job.slots) % job.slots
         seen = (behind <= position) & (behind < (job.slots if job.window is None else job.window))
         low, high, values = (x.astype(jnp.float32) for x in tile)
         return following, tuple(_softmax_step(x, state, (low, high), values, seen) for x, state in zip(asked, states, strict=True))
 
-    _, states = jax.lax.fori_loop(part * each, jnp.minimum(used, (part + 1) * each), read, (first, states))
+    _, states = jax.lax.fori_loop(0, (used - part + job.parts - 1) // job.parts, read, (first, states))
     for g, (most, total, y) in enumerate(states):
         head = k * job.group + g
+        at = head * 2 * job.half + jnp.arange(2 * job.half)
+        at = in_planes(at, queries * 2 * job.half) if job.planes_out else at
         if job.parts > 1:
-            outs[0][b, head, part], outs[1][b, head, part], outs[2][b, head, part, :] = most, total, y
+            outs[0][b, part, head], outs[1][b, part, head], outs[2][b, part, at] = most, total, y
         else:
-            at = head * 2 * job.half + jnp.arange(2 * job.half)
-            outs[0][b, in_planes(at, queries * 2 * job.half) if job.planes_out else at] = (y / total).astype(outs[0].dtype)
+            outs[0][b, at] = (y / total).astype(outs[0].dtype)
 
 
 def _turned(head, gains, angle):

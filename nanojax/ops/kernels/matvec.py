@@ -90,9 +90,15 @@ class _Job:
 
 
 def best_cut(outputs: int, columns: int, *, tiles: int, packed: bool) -> Cut:
-    """What was fastest of the cuts tried on an H200 (scripts/bench/LOG.md)."""
-    rows = 8 if packed or tiles * outputs >= 3072 else 4
-    return Cut(min(rows, outputs & -outputs), 256 if packed else 512)
+    """What was fastest of the cuts tried on an H200 (scripts/bench/LOG.md): small matrices want many instances, large ones long reads."""
+    made = tiles * outputs
+    if packed:
+        rows, lanes, warps = (4 if made <= 2048 else 16 if made >= 8192 else 8), 256, 4
+    elif made * columns < 10_000_000:
+        rows, lanes, warps = 2, 512, 2
+    else:
+        rows, lanes, warps = (8 if made >= 3072 else 4), 512, 4
+    return Cut(min(rows, outputs & -outputs), lanes, warps)
 
 
 def planes(x_BI: Float[Array, "B I"]) -> Float[Array, "B I"]:
@@ -124,7 +130,7 @@ def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtyp
     if around.stream_BO is None or around.gain_O is None:
         return arranged(y_BO).astype(dtype)
     new_BO = (around.stream_BO.astype(jnp.float32) + y_BO).astype(dtype)
-    return new_BO, arranged(new_BO.astype(jnp.float32) * around.gain_O)
+    return new_BO, arranged(new_BO.astype(jnp.float32) * around.gain_O[None])
 
 
 def matvec(

@@ -1,0 +1,75 @@
+"""Decoding's attention kernel against the functions that prompts are read with."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanojax.ops.cache import Cache
+from nanojax.ops.kernels.decode_attention import NewTokens, best_parts, decode_attention, decode_attention_reference
+from nanojax.ops.rope import rope_table
+
+# Slots, window, position of each row: an empty cache, one in its middle, a full one, rings that have gone round.
+CASES = {
+    "full": (64, None, (0, 5, 63)),
+    "long": (256, None, (130, 7, 255)),
+    "window of the ring": (64, 64, (3, 64, 1000)),
+    "window in a longer cache": (128, 100, (3, 100, 126)),
+}
+
+
+def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTokens, Cache, tuple, int | None]:
+    slots, window, at = CASES[case]
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), dtype)
+
+    position_B = jnp.asarray(at, jnp.int32)
+    rope = rope_table(position_B[:, None], size, 1e4)
+    new = NewTokens(normal(3, heads + 2 * kv_heads, size), rope, position_B, jnp.ones(3, bool))
+    cache = Cache(normal(3, kv_heads, slots, size), normal(3, kv_heads, slots, size))
+    return new, cache, (1 + 0.1 * normal(size), 1 + 0.1 * normal(size)), window
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "parts", "planes_out"), [(4, 4, 1, False), (6, 2, 4, True), (4, 1, 2, False), (4, 2, 1, True)]
+)
+def test_it_is_the_attention_of_prompts_for_one_token(heads, kv_heads, parts, planes_out, case):
+    new, cache, gains, window = make(heads, kv_heads, 16, case, jnp.float32)
+    for norms in (gains, None):
+        got = decode_attention(new, cache, norms, window=window, planes_out=planes_out, parts=parts, interpret=True)
+        want = decode_attention_reference(new, cache, norms, window=window, planes_out=planes_out)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)  # sums of float32 in another order
+
+
+def test_a_token_that_is_not_valid_is_not_written():
+    new, cache, gains, _ = make(4, 2, 16, "full", jnp.float32)
+    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, interpret=True)
+    changed = [(np.asarray(a) != np.asarray(b)).any(axis=(1, 3)) for a, b in zip(cache, written, strict=True)]
+    for slots in changed:
+        assert [np.flatnonzero(row).tolist() for row in slots] == [[0], [], [63]]
+
+
+def test_heads_share_their_slots_among_more_instances_while_the_gpu_has_room():
+    assert best_parts(10, 256) == 4
+    assert best_parts(10, 1024) == 8
+    assert best_parts(640, 1024) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("heads", "kv_heads", "size", "parts"), [(4, 4, 128, 1), (6, 2, 64, 4), (8, 1, 128, 2)])
+def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case):
+    new, cache, gains, window = make(heads, kv_heads, size, case, jnp.bfloat16)
+
+    def run(f, **kw):
+        return jax.jit(lambda *args: f(*args, window=window, planes_out=True, **kw))(new, cache, gains)
+
+    for a, b in zip(run(decode_attention, parts=parts), run(decode_attention_reference), strict=True):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2)  # bf16 of values of order 1

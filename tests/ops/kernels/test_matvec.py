@@ -1,0 +1,140 @@
+"""Matrix-vector kernels against sums in float64: on a CPU interpreted, on a GPU as they are compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanojax.ops.fp4 import dequantize, quantize
+from nanojax.ops.kernels.matvec import Around, Cut, in_planes, matmul, matvec, planes
+from nanojax.ops.packed import CODES, PackedMatrix, stacked, unpacked
+
+FORMATS = ("bf16", "int4", "nvfp4", "mxfp4")
+
+
+def packed(q) -> PackedMatrix:
+    """Codes [in, out], packed by numpy."""
+    codes_OWC = np.asarray(q.codes).T.reshape(q.codes.shape[1], -1, CODES).astype(np.uint32)
+    words_OW = (codes_OWC << (4 * np.arange(CODES, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32)
+    scales_OG = np.ascontiguousarray(np.asarray(q.scales).T)
+    scales_OG = scales_OG if q.format == "int4" else scales_OG.view(np.uint8)
+    return PackedMatrix(jnp.asarray(words_OW), jnp.asarray(scales_OG), q.global_scale, q.format)
+
+
+def make(format: str, outputs: int, inputs: int, seed: int = 0):
+    """(matrix, what it stands for [out, in] in float64)."""
+    w_IO = np.random.default_rng(seed).standard_normal((inputs, outputs)).astype(np.float32) * 0.1
+    if format == "bf16":
+        w_OI = jnp.asarray(w_IO.T, jnp.bfloat16)
+        return w_OI, np.asarray(w_OI, np.float64)
+    q = quantize(jnp.asarray(w_IO), format, block=32 if format == "int4" else None)
+    return packed(q), np.asarray(dequantize(q), np.float64).T
+
+
+def wanted(x_BI, w_OI, around: Around) -> list[np.ndarray]:
+    """By numpy in float64, the second of two only for a stream."""
+    y_BO = np.asarray(x_BI, np.float64) @ w_OI.T
+    if around.rms_of_BI is not None:
+        y_BO /= np.sqrt(np.mean(np.asarray(around.rms_of_BI, np.float64) ** 2, axis=1, keepdims=True) + 1e-6)
+    if around.ffn == "swiglu":
+        gate_BO, up_BO = np.split(y_BO, 2, axis=1)
+        y_BO = gate_BO / (1 + np.exp(-gate_BO)) * up_BO
+    if around.ffn == "relu2":
+        y_BO = np.maximum(y_BO, 0) ** 2
+    if around.stream_BO is None:
+        return [y_BO]
+    new_BO = np.asarray(around.stream_BO, np.float64) + y_BO
+    return [new_BO, new_BO * np.asarray(around.gain_O, np.float64)]
+
+
+def surroundings(rows: int, outputs: int, inputs: int) -> list[Around]:
+    rng = np.random.default_rng(1)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    return [
+        Around(),
+        Around(rms_of_BI=normal(rows, inputs)),
+        Around(rms_of_BI=normal(rows, inputs), ffn="swiglu"),
+        Around(rms_of_BI=normal(rows, inputs), ffn="relu2"),
+        Around(stream_BO=normal(rows, outputs), gain_O=normal(outputs)),
+    ]
+
+
+def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, cut: Cut | None, interpret: bool) -> None:
+    w, w_OI = make(format, outputs, inputs)
+    x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((rows, inputs)), jnp.float32)
+    given = x_BI if format == "bf16" else planes(x_BI)
+    for around in surroundings(rows, outputs, inputs):
+        got = matvec(given, w, around, dtype=jnp.float32, cut=cut, interpret=interpret)
+        for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 48, 160), (3, 16, 352)])
+def test_a_product_and_what_surrounds_it_are_those_of_float64(format, rows, outputs, inputs):
+    """Inputs that no power of two divides are read in pieces of several sizes."""
+    check(format, rows, outputs, inputs, 1e-5, Cut(8, 16), interpret=True)  # sums of float32
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_compiled_kernels_agree_on_a_gpu(format):
+    # E2M1 is multiplied in bf16: inputs, products and sums of four are rounded to 8 bits.
+    tolerance = 1e-5 if format in ("bf16", "int4") else 1.5e-2
+    for rows, outputs, inputs in ((1, 256, 1280), (2, 48, 1408), (8, 64, 736)):
+        check(format, rows, outputs, inputs, tolerance, None, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp4"])
+def test_every_code_times_one_is_exact_on_a_gpu(format):
+    """All sixteen codes in all eight places of a word, denormals of bf16 among them."""
+    codes = (np.arange(16)[:, None] + np.arange(32)[None, :]) % 16  # a row has each code, each place each code
+    words = (codes.reshape(16, 4, 8).astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32)
+    scales = jnp.full((16, 2), 0x38, jnp.uint8) if format == "nvfp4" else jnp.full((16, 1), 127, jnp.uint8)  # 1
+    w = PackedMatrix(jnp.asarray(words), scales, jnp.float32(1) if format == "nvfp4" else None, format)
+    values = np.asarray(unpacked(w, jnp.float32)).T
+    assert set(np.abs(values).ravel()) == {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+    for i in range(0, 32, 8):  # one input at a time, in each of the rows of a batch
+        x_BI = jnp.eye(32)[i : i + 8]
+        np.testing.assert_array_equal(matvec(planes(x_BI), w, dtype=jnp.float32), values[:, i : i + 8].T)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_product_of_many_rows_is_that_of_the_kernel(format):
+    w, w_OI = make(format, 32, 64)
+    x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((9, 64)), jnp.bfloat16).astype(jnp.float32)
+    for around in surroundings(9, 32, 64):
+        got = matmul(x_BI, w, around, dtype=jnp.float32)
+        for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max())  # inputs, and weights of packed formats, are bf16
+
+
+def test_planes_are_every_eighth_input_and_outputs_are_written_there():
+    x_BI = jnp.arange(32.0)[None]
+    assert planes(x_BI)[0, :5].tolist() == [0, 8, 16, 24, 1]
+    assert jnp.zeros(32).at[in_planes(jnp.arange(32), 32)].set(x_BI[0]).tolist() == planes(x_BI)[0].tolist()
+    w, _ = make("bf16", 32, 64)
+    x_BI = jnp.ones((2, 64))
+    for around in (Around(), Around(stream_BO=jnp.zeros((2, 32)), gain_O=jnp.ones(32))):
+        plain, moved = (
+            matvec(x_BI, w, dataclasses.replace(around, planes_out=out), dtype=jnp.float32, interpret=True) for out in (False, True)
+        )
+        plain, moved = (y if isinstance(y, tuple) else (y, y) for y in (plain, moved))
+        np.testing.assert_array_equal(moved[1], planes(plain[1]))
+        if around.stream_BO is not None:
+            np.testing.assert_array_equal(moved[0], plain[0])
+
+
+def test_packed_matrices_have_the_sizes_of_what_they_hold_and_stack():
+    w, w_OI = make("nvfp4", 16, 32)
+    assert w.shape == (16, 32)
+    assert w.nbytes == 16 * 32 // 2 + 16 * 2 + 4
+    both = stacked([w, w])
+    np.testing.assert_array_equal(unpacked(both, jnp.float32), np.concatenate([w_OI, w_OI]).T)
