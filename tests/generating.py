@@ -10,6 +10,8 @@ from nanojax.config import Config, ModelConfig, TrainConfig
 from nanojax.infer.load import Model
 from nanojax.mesh import replicated
 from nanojax.model import merge
+from nanojax.ops.fp4 import QuantizedArray
+from nanojax.ops.packed import CODES, PackedMatrix
 from nanojax.program import make_program
 from nanojax.sizes import resolve
 from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -37,3 +39,12 @@ def full_logits(model: Model, rows: list[list[int]]) -> list[np.ndarray]:
     with jax.set_mesh(model.program.mesh):
         logits = np.asarray(forward(model.weights, padded))[..., : BYTES.n_vocab]
     return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+
+def packed(q: QuantizedArray) -> PackedMatrix:
+    """Codes [in, out] as the words of a matrix, by numpy."""
+    codes_OWC = np.asarray(q.codes).T.reshape(q.codes.shape[1], -1, CODES).astype(np.uint32)
+    words_OW = (codes_OWC << (4 * np.arange(CODES, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32)
+    scales_OG = np.ascontiguousarray(np.asarray(q.scales).T)
+    scales_OG = scales_OG if q.format == "int4" else scales_OG.view(np.uint8)
+    return PackedMatrix(jnp.asarray(words_OW), jnp.asarray(scales_OG), q.global_scale, q.format)

@@ -25,7 +25,7 @@ from nanojax.infer.sampling import Controls
 from nanojax.infer.text import utf8_stream
 from nanojax.mesh import replicated
 from nanojax.model import GPT
-from nanojax.ops.attention import AttentionFn, make_attention, resolve
+from nanojax.ops.attention import PROMPT_ORDER, AttentionFn, make_attention, resolve
 from nanojax.ops.cache import Cache, empty_cache, grow
 from nanojax.program import COMPILER_OPTIONS, DTYPES, attention_told
 from nanojax.tokenizer import Tokenizer
@@ -203,7 +203,7 @@ class Engine:
         """That of the first piece of prompts: the fastest there is for its shape, or the one that the config names."""
         request = dataclasses.replace(self.program.request, rows=rows, tokens=tokens, documents=None)
         with attention_told():
-            name, _ = resolve(self.program.config.train.attn_impl, request)
+            name, _ = resolve(self.program.config.train.attn_impl, request, order=PROMPT_ORDER)
         return make_attention(name, None)
 
     def _put(self, arrays: Arrays) -> Arrays:

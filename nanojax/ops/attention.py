@@ -9,7 +9,7 @@ import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
 import jax
@@ -83,6 +83,7 @@ BACKENDS: Mapping[str, Callable[..., Array]] = {
     "reference": reference_attention,
 }
 AUTO_ORDER = ("te", "cudnn", "xla")
+PROMPT_ORDER = ("cudnn", "xla")  # compiling a model's layers of te takes longer than reading the prompt (scripts/bench/LOG.md)
 # Patterns of the custom calls, forward and backward, without which a compiled train step does not run that backend.
 KERNELS = {
     "te": (r"te_fused_attn_forward_ffi", r"te_fused_attn_backward_ffi"),
@@ -123,8 +124,14 @@ REFUSALS: Mapping[str, Callable[[Request], str | None]] = {
 }
 
 
-def resolve(name: str, request: Request, refusals: Mapping[str, Callable[[Request], str | None]] = REFUSALS) -> tuple[str, str]:
-    """(backend, why) for a named backend or `auto`, decided once at the start of a run.
+def resolve(
+    name: str,
+    request: Request,
+    refusals: Mapping[str, Callable[[Request], str | None]] = REFUSALS,
+    *,
+    order: Sequence[str] = AUTO_ORDER,
+) -> tuple[str, str]:
+    """(backend, why) for a named backend or `auto`, the first of `order` that can serve, decided once at the start of a run.
 
     Raises ValueError when the named backend cannot serve: there is no silent fall-back.
     """
@@ -133,7 +140,7 @@ def resolve(name: str, request: Request, refusals: Mapping[str, Callable[[Reques
             raise ValueError(f"attn_impl={name}: {reason}; try --attn-impl auto")
         return name, "asked for"
     reasons = []
-    for candidate in AUTO_ORDER:
+    for candidate in order:
         if (reason := refusals[candidate](request)) is None:
             return candidate, "; ".join(reasons) or "fastest that can serve"
         reasons.append(reason)

@@ -13,9 +13,10 @@ import pytest
 from exporting import FORMATS, altered, read_tensors, runs  # noqa: F401  # fixture
 
 from nanojax.errors import UserError
-from nanojax.export.folder import open_export
+from nanojax.export.folder import WEIGHTS, open_export
 from nanojax.export.layout import Tensor, parameters
 from nanojax.export.read import mapped, read_parts, read_weights
+from nanojax.ops.packed import PackedMatrix, unpacked
 
 GROUP = {"int4_group": 64}
 UP = "model.layers.1.mlp.up_proj"
@@ -48,6 +49,23 @@ def test_weights_are_those_of_training_to_the_bit(runs, format, dtype):
     found = read(runs.export(**train_of(format)), dtype)
     blocks = {name for name in found if name.startswith("blocks.") and name.endswith(".w")}
     assert_equal(found, runs.prepared(dtype, **train_of(format)), blocks if format != "bf16" else set())
+
+
+@pytest.mark.parametrize("format", ["int4", "nvfp4_2d", "mxfp4"])
+def test_matrices_that_stay_packed_are_the_bytes_of_the_file_and_stand_for_the_same(runs, format):
+    folder = runs.export(**train_of(format))
+    export, where = open_export(folder), jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = dict.fromkeys(parameters(export.config.model), where)
+    kept = read_weights(export, read_parts(export), jnp.dtype(jnp.float32), shardings, packed=True)
+    for name, w in read(folder).items():
+        if name.startswith("blocks.") and name.endswith(".w"):
+            assert isinstance(kept[name], PackedMatrix)
+            np.testing.assert_array_equal(unpacked(kept[name], jnp.float32), w)
+        else:
+            np.testing.assert_array_equal(kept[name], w)
+    stored = read_tensors(folder / WEIGHTS)
+    assert kept["blocks.1.ffn.up.w"].words_OW.tobytes() == stored[f"{UP}.weight_packed"].tobytes()
+    assert kept["blocks.1.ffn.up.w"].scales_OG.tobytes() == stored[f"{UP}.weight_scale"].tobytes()
 
 
 def test_a_packed_head_and_blocks_that_were_left_out_too(runs):

@@ -38,7 +38,7 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "parts", "planes_out"), [(4, 4, 1, False), (6, 2, 4, True), (4, 1, 2, False), (4, 2, 1, True)]
 )
-def test_it_is_the_attention_of_prompts_for_one_token(heads, kv_heads, parts, planes_out, case):
+def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, parts, planes_out):
     new, cache, gains, window = make(heads, kv_heads, 16, case, jnp.float32)
     for norms in (gains, None):
         got = decode_attention(new, cache, norms, window=window, planes_out=planes_out, parts=parts, interpret=True)

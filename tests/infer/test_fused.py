@@ -1,0 +1,101 @@
+"""A model laid out for one token at a time, its kernels interpreted, against the model."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from generating import BYTES, full_logits, make_model, packed
+
+from nanojax.infer import fused
+from nanojax.infer.decode import forward, model_of
+from nanojax.infer.engine import Engine
+from nanojax.infer.params import SamplingParams
+from nanojax.ops.cache import Cache
+from nanojax.ops.packed import PackedMatrix, unpacked
+from nanojax.precision import Rounding, quantize_weights
+
+SIZES = dict(d_model=64, head_dim=16, d_ffn=96)
+MODELS = {
+    "gqa, windows": dict(n_kv_head=2, window=8, window_pattern="SL", **SIZES),
+    "nanochat": dict(n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0, **SIZES),
+    "no norms on queries and keys": dict(n_kv_head=1, qk_norm=False, **SIZES),
+}
+
+
+def weights_of(model, format: str) -> dict:
+    """The model's, those of the blocks packed if in 4 bits."""
+    rounding = Rounding(format, 32 if format == "int4" else None)
+    coded = {} if format == "fp32" else quantize_weights(model.weights, rounding)
+    return model.weights | {name: packed(q) for name, q in coded.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "rows"),
+    [("gqa, windows", "nvfp4", 1), ("nanochat", "int4", 1), ("no norms on queries and keys", "fp32", 2), ("gqa, windows", "nvfp4", 9)],
+)
+def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format, rows):
+    """One and two rows by the kernels, nine by XLA's products."""
+    model, rng = make_model(**MODELS[name]), np.random.default_rng(0)
+    c, weights = model.program.config.model, weights_of(model, format)
+    token_B, position_B = jnp.asarray(rng.integers(0, 256, rows)), jnp.asarray(rng.integers(0, 60, rows), jnp.int32)
+    shapes = [(rows, c.kv_heads, window or 64, c.head_dim) for window in c.windows]
+    caches = tuple(Cache(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))) for shape in shapes)
+    valid_B = jnp.ones(rows, bool)
+    with jax.set_mesh(model.program.mesh):
+        laid_out = fused.fuse(weights, c, jnp.float32)
+        token = jax.jit(lambda laid_out, *rest: fused.one_token(laid_out, c, *rest, interpret=True))
+        got, written = token(laid_out, token_B, position_B, valid_B, caches)
+        gpt = model_of(model.program.graph, fused.plain(laid_out, c))
+        x_BTD, wanted = forward(gpt, token_B[:, None], position_B[:, None], valid_B[:, None], caches)
+        logits_BV = gpt.logits(x_BTD[:, 0])
+    # float32 of order 1, summed in another order; many rows of packed weights are multiplied in bf16
+    tolerance = 1e-1 if rows == 9 and format != "fp32" else 2e-5
+    np.testing.assert_allclose(got, logits_BV, atol=tolerance)
+    for a, b in zip(jax.tree.leaves(written), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@pytest.mark.parametrize(("name", "format"), [("gqa, windows", "nvfp4"), ("nanochat", "mxfp4"), ("no norms on queries and keys", "fp32")])
+def test_what_was_laid_out_gives_the_weights_back(name, format):
+    model = make_model(**MODELS[name])
+    weights = weights_of(model, format)
+    back = fused.plain(fused.fuse(weights, model.program.config.model, jnp.float32), model.program.config.model)
+    assert set(back) == set(weights)
+    for key, w in weights.items():
+        assert isinstance(back[key], PackedMatrix) == isinstance(w, PackedMatrix)
+        got, want = (unpacked(x, jnp.float32) if isinstance(x, PackedMatrix) else x for x in (back[key], w))
+        np.testing.assert_array_equal(got, want)
+
+
+def test_laying_out_frees_what_it_has_read():
+    model = make_model(**MODELS["gqa, windows"])
+    weights = {name: jnp.array(w) for name, w in model.weights.items()}
+    kept = fused.fuse(weights, model.program.config.model, jnp.float32)
+    assert set(weights) == set(model.weights), "the caller's dictionary is left as it is"
+    assert kept.head.shape == weights["head.w"].shape[::-1]
+
+
+def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
+    kind = dict(window=8, window_pattern="SL", n_kv_head=2, **SIZES)
+    model = make_model(**kind)
+    config, weights = model.program.config.model, weights_of(model, "nvfp4")
+    path = fused.path(weights, config, words="interpreted", dtype=jnp.float32, interpret=True)
+    engine = Engine(model, BYTES, piece=16, stride=8, slots=16, path=path)
+    ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
+    made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
+    for name, w in weights.items():
+        model.weights[name] = unpacked(w, jnp.float32) if isinstance(w, PackedMatrix) else w
+    rows = [row + piece.tokens for row, piece in zip(ids, made, strict=True)]
+    for row, piece, logits in zip(ids, made, full_logits(model, rows), strict=True):
+        assert piece.tokens == logits[len(row) - 1 : -1].argmax(-1).tolist()
+
+
+def test_models_that_the_kernels_do_not_serve_are_refused_with_the_reason():
+    c = make_model(**MODELS["nanochat"]).program.config.model
+    assert fused.refusal(c, "cpu", jnp.bfloat16) == "its kernels run on NVIDIA GPUs, and the device is a cpu"
+    assert fused.refusal(c, "gpu", jnp.float32) == "its kernels take bf16, and activations are float32"
+    odd = make_model(head_dim=24, d_model=48, n_kv_head=2).program.config.model
+    assert fused.refusal(odd, "gpu", jnp.bfloat16) == "its kernels take head sizes that are powers of two, given 24"
+    assert fused.refusal(c, "gpu", jnp.bfloat16) is None
