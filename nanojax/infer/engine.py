@@ -243,10 +243,10 @@ class Engine:
 def best_path(model: Model) -> Path:
     """The kernels of infer/fused.py where they serve, else the model's own products."""
     config = model.program.config.model
-    if reason := fused.refusal(config, model.program.platform, DTYPES[model.program.compute]):
-        return plain_path(model.program.graph, model.weights, f"{model.precision}, XLA's products: {reason}")
+    if reason := fused.refusal(model.program.request):
+        return plain_path(model.program.graph, model.weights, f"{model.precision}, by XLA's products: {reason}")
     with jax.set_mesh(model.program.mesh):
-        return fused.path(model.weights, config, words=f"{model.precision}, fused kernels")
+        return fused.path(model.weights, config, words=f"{model.precision}, by fused kernels")
 
 
 def power_of_two(n: int) -> int:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nanojax.config import ModelConfig
 from nanojax.infer.decode import Path
+from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, decode_attention
 from nanojax.ops.kernels.matvec import MOST_ROWS, Around, Matrix, matmul, matvec, planes
@@ -51,14 +52,16 @@ class FusedWeights(NamedTuple):
     head: Matrix
 
 
-def refusal(c: ModelConfig, platform: str, dtype: Any) -> str | None:
-    """Why the kernels cannot serve a model, or None when they can."""
-    if platform not in ("gpu", "cuda"):
-        return f"its kernels run on NVIDIA GPUs, and the device is a {platform}"
-    if dtype != DTYPE:
-        return f"its kernels take bf16, and activations are {jnp.dtype(dtype).name}"
-    if c.head_dim & (c.head_dim - 1):
-        return f"its kernels take head sizes that are powers of two, given {c.head_dim}"
+def refusal(request: Request) -> str | None:
+    """Why the kernels cannot serve a model that asks this of its attention, or None when they can."""
+    if request.platform not in ("gpu", "cuda"):
+        return f"the kernels for single tokens run on NVIDIA GPUs, and the device is a {request.platform}"
+    if request.capability is not None and float(request.capability) < 8:
+        return f"the kernels for single tokens take compute capability 8.0 or more, given {request.capability}"
+    if request.dtype != DTYPE:
+        return f"the kernels for single tokens take bf16, and activations are {jnp.dtype(request.dtype).name}"
+    if request.head_dim & (request.head_dim - 1):
+        return f"the kernels for single tokens take head sizes that are powers of two, given {request.head_dim}"
     return None
 
 

@@ -50,7 +50,7 @@ class Source:
         with jax.set_mesh(program.mesh):
             if self.export:
                 dtype = jnp.dtype(DTYPES[program.compute])
-                packed = packed and refusal(self.config.model, program.platform, dtype) is None
+                packed = packed and refusal(program.request) is None
                 weights = read_weights(self.export, parts, dtype, shardings, packed=packed)
                 return Model(program, weights, self.export.step, f"{self.export.format}, exported")
             checkpoints = Checkpoints(RunFolder(self.path).checkpoints)

@@ -75,6 +75,8 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.infer.engine import Engine
 
     engine = Engine(source.load(jax.devices()[:1], packed=True), source.tokenizer)
+    if engine.program.platform == "gpu":
+        print(f"nanojax: {engine.path.words}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     for text in samples(engine, command):

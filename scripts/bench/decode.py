@@ -60,7 +60,6 @@ def main(argv: Sequence[str]) -> None:
 def measure(bench: Bench, format: str, copied: float) -> list[str]:
     """Print a format's rows; returns what is to be said below the table."""
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from nanojax.infer.decode import plain_path
@@ -73,7 +72,7 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     first_special = c.vocab_size - len(SPECIAL_TOKENS)  # the whole vocabulary is in use
     specials = {name: first_special + i for i, name in enumerate(SPECIAL_TOKENS)}
     model = random_model(bench.config, format)
-    reason = "it was switched off" if bench.plain else refusal(c, model.program.platform, jnp.bfloat16)
+    reason = "it was switched off" if bench.plain else refusal(model.program.request)
     if format != "bf16" and reason:
         raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16")
     sizes = {name: w.nbytes for name, w in model.weights.items()}

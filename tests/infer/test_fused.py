@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from nanojax.infer import fused
 from nanojax.infer.decode import forward, model_of
 from nanojax.infer.engine import Engine
 from nanojax.infer.params import SamplingParams
+from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
 from nanojax.ops.packed import PackedMatrix, unpacked
 from nanojax.precision import Rounding, quantize_weights
@@ -92,10 +95,16 @@ def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
         assert piece.tokens == logits[len(row) - 1 : -1].argmax(-1).tolist()
 
 
-def test_models_that_the_kernels_do_not_serve_are_refused_with_the_reason():
-    c = make_model(**MODELS["nanochat"]).program.config.model
-    assert fused.refusal(c, "cpu", jnp.bfloat16) == "its kernels run on NVIDIA GPUs, and the device is a cpu"
-    assert fused.refusal(c, "gpu", jnp.float32) == "its kernels take bf16, and activations are float32"
-    odd = make_model(head_dim=24, d_model=48, n_kv_head=2).program.config.model
-    assert fused.refusal(odd, "gpu", jnp.bfloat16) == "its kernels take head sizes that are powers of two, given 24"
-    assert fused.refusal(c, "gpu", jnp.bfloat16) is None
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (dict(platform="cpu"), "run on NVIDIA GPUs, and the device is a cpu"),
+        (dict(capability="7.5"), "take compute capability 8.0 or more, given 7.5"),
+        (dict(dtype=jnp.float32), "take bf16, and activations are float32"),
+        (dict(head_dim=96), "take head sizes that are powers of two, given 96"),
+    ],
+)
+def test_models_that_the_kernels_do_not_serve_are_refused_with_the_reason(changed, words):
+    request = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=1, tokens=64, heads=4, kv_heads=2, head_dim=128)
+    assert fused.refusal(request) is None
+    assert fused.refusal(dataclasses.replace(request, **changed)) == f"the kernels for single tokens {words}"
