@@ -93,11 +93,12 @@ def read(gpt: GPT, state: State, tokens_BT: Int[Array, "B T"], start: Int[Array,
 
 
 def add(
-    one_token: Callable, weights: Any, state: State, asked: Asked, limit: Int[Array, ""], *, stride: int, drawn: str
+    one_token: Callable, weights: Any, state: State, asked: Asked, *, count: int, drawn: str, early: bool
 ) -> tuple[State, Int[Array, "B N"]]:
-    """(state, tokens) after `limit` more tokens, at most `stride`, or fewer once all rows are done; NO_TOKEN where a row was.
+    """(state, tokens) after `count` more tokens; NO_TOKEN where a row was done.
 
-    `drawn` says what the rows need: `likeliest` where all have temperature 0, `free` where none leaves tokens out, `filtered`.
+    `early`: stop when all rows are done. On a GPU the host would have to look after every token, which costs more than it saves. `drawn`
+    says what the rows need: `likeliest` where all have temperature 0, `free` where none leaves tokens out, `filtered`.
     """
 
     def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
@@ -112,9 +113,9 @@ def add(
 
     def more(carry: tuple[Array, State, Array]) -> Array:
         n, state, _ = carry
-        return (n < limit) & ~jnp.all(state.done_B)
+        return (n < count) & ~jnp.all(state.done_B) if early else n < count
 
-    none_BN = jnp.full((len(asked.budget_B), stride), NO_TOKEN, jnp.int32)
+    none_BN = jnp.full((len(asked.budget_B), count), NO_TOKEN, jnp.int32)
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, none_BN))[1:]
 
 

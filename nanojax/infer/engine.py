@@ -75,7 +75,11 @@ class Engine:
         self._grow = jit(self._grown, static_argnums=1)
         self._begin = jit(self._begun, static_argnums=(4, 5))
         self._read = jit(lambda weights, *rest: read(self._gpt(weights), *rest), donate_argnums=1)
-        self._add = jit(functools.partial(add, self.path.one_token, stride=stride), donate_argnums=1, static_argnames="drawn")
+        self._add = jit(
+            functools.partial(add, self.path.one_token, early=program.platform == "cpu"),
+            donate_argnums=1,
+            static_argnames=("count", "drawn"),
+        )
 
     def generate(
         self,
@@ -98,7 +102,7 @@ class Engine:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         stops: Collection[int] | None = None,
     ) -> Iterator[list[Piece]]:
-        """New tokens of every prompt as they come, 1, 2, 4 and so on up to the stride at once, until all have ended.
+        """New tokens of every prompt as they come, first one, then a stride at once, until all have ended.
 
         `params` are for all, or one for each; `stops` end a row, by default <|bos|>. A row that has ended gets empty pieces.
         Raises UserError, at once, on a prompt that is empty, longer than the context or of ids that are none, and on stops that are none.
@@ -156,12 +160,12 @@ class Engine:
         drawn = "filtered" if any(row.filters for row in rows) else "free" if any(row.temperature for row in rows) else "likeliest"
 
         made, finishes = [0] * len(rows), [""] * len(rows)
-        limit = 1
         while not all(finishes):
-            ahead = (length + min(n + limit, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
+            count = self.stride if any(made) else 1  # the first at once
+            ahead = (length + min(n + count, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
             state = self._with_slots(state, max(ahead, default=0))
             with jax.set_mesh(self.mesh):
-                state, tokens_BN = self._add(self.path.weights, state, asked, np.int32(limit), drawn=drawn)
+                state, tokens_BN = self._add(self.path.weights, state, asked, count=count, drawn=drawn)
             pieces = []
             for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
                 new = [token for token in tokens_N if token != NO_TOKEN]
@@ -171,7 +175,6 @@ class Engine:
                     finishes[row] = "stop" if stopped else "tokens" if made[row] == rows[row].tokens else "context"
                 pieces.append(Piece(new[: len(new) - stopped], finishes[row] or None))
             yield pieces
-            limit = min(2 * limit, self.stride)
 
     def _asked(self, rows: list[SamplingParams], budgets: list[int], idle: int, stops: set[int]) -> Asked:
         controls = Controls.of(rows + [SamplingParams(temperature=0)] * idle)

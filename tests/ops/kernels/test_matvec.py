@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -61,8 +62,9 @@ def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, c
     w, w_OI = make(format, outputs, inputs)
     x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((rows, inputs)), jnp.float32)
     given = x_BI if format == "bf16" else planes(x_BI)
-    for around in surroundings(rows, outputs, inputs):
-        got = matvec(given, w, around, dtype=jnp.float32, cut=cut, interpret=interpret)
+    arounds = surroundings(rows, outputs, inputs)
+    made = jax.jit(lambda x, w: [matvec(x, w, around, dtype=jnp.float32, cut=cut, interpret=interpret) for around in arounds])(given, w)
+    for got, around in zip(made, arounds, strict=True):
         for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
@@ -94,9 +96,9 @@ def test_every_code_times_one_is_exact_on_a_gpu(format):
     w = PackedMatrix(jnp.asarray(words), scales, jnp.float32(1) if format == "nvfp4" else None, format)
     values = np.asarray(unpacked(w, jnp.float32)).T
     assert set(np.abs(values).ravel()) == {0, 0.5, 1, 1.5, 2, 3, 4, 6}
+    product = jax.jit(lambda x_BI: matvec(planes(x_BI), w, dtype=jnp.float32))
     for i in range(0, 32, 8):  # one input at a time, in each of the rows of a batch
-        x_BI = jnp.eye(32)[i : i + 8]
-        np.testing.assert_array_equal(matvec(planes(x_BI), w, dtype=jnp.float32), values[:, i : i + 8].T)
+        np.testing.assert_array_equal(product(jnp.eye(32)[i : i + 8]), values[:, i : i + 8].T)
 
 
 @pytest.mark.parametrize("format", FORMATS)
