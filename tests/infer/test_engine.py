@@ -11,9 +11,12 @@ import pytest
 from generating import BYTES, full_logits, make_model
 
 from nanojax.errors import UserError
+from nanojax.infer import decode
+from nanojax.infer import engine as engine_module
 from nanojax.infer.engine import Engine, Piece
 from nanojax.infer.params import SamplingParams
 from nanojax.infer.sampling import Controls, draw
+from nanojax.ops.attention import make_attention
 
 GREEDY = SamplingParams(temperature=0, tokens=30)
 SL = dict(window=8, window_pattern="SL")
@@ -66,6 +69,58 @@ def test_logits_are_those_of_the_full_forward_pass_after_a_prompt_and_after_ever
             state, _ = small._add(small.path.weights, state, asked, count=1, drawn="likeliest")
         np.testing.assert_allclose(state.logits_BV[0], logits[at], atol=5e-5)  # as above
     assert [cache.k_BKSH.shape[2] for cache in state.caches] == [8, 64], "a ring has the slots of its window"
+
+
+@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_every_position_of_a_prompt_has_the_logits_of_the_full_forward_pass(name, backend):
+    """Read in three pieces, the first by training's attention; the shorter rows end in the second and in the first."""
+    small, rows = engine(**MODELS[name]), [prompt(40), prompt(21, 1), prompt(9, 2)]
+    tokens_BT = np.array([row + [0] * (48 - len(row)) for row in rows], np.int32)
+    length_B1 = np.array([[len(row)] for row in rows])
+
+    @jax.jit
+    def logits_of(weights):
+        gpt, caches, logits = decode.model_of(small.program.graph, weights), small._empty_state(len(rows), 64).caches, []
+        for start in range(0, 48, 16):
+            positions_BT = jnp.broadcast_to(jnp.arange(start, start + 16)[None], (len(rows), 16))
+            alone = make_attention(backend, None) if start == 0 else None
+            piece_BT = tokens_BT[:, start : start + 16]
+            x_BTD, caches = decode.forward(gpt, piece_BT, positions_BT, positions_BT < length_B1, caches, alone)
+            logits.append(gpt.logits(x_BTD))
+        return jnp.concatenate(logits, axis=1)
+
+    with jax.set_mesh(small.mesh):
+        logits_BTV = np.asarray(logits_of(small.path.weights))[..., : BYTES.n_vocab]
+    for row, got, want in zip(rows, logits_BTV, full(rows, **MODELS[name]), strict=True):
+        np.testing.assert_allclose(got[: len(row)], want, atol=5e-5)  # as above
+
+
+@pytest.mark.parametrize(("asked", "chosen"), [("auto", "xla"), ("reference", "reference")])
+def test_only_the_first_piece_of_prompts_goes_through_trainings_attention(asked, chosen, monkeypatch):
+    """The fastest that serves, or the one that the config names, with each layer's window."""
+    calls = []
+
+    def recorded_attention(name, documents):
+        def attention(q_BTNH, k_BTKH, v_BTKH, *, window=None, segments_BT=None):
+            calls.append((name, q_BTNH.shape[1], window))
+            return make_attention(name, documents)(q_BTNH, k_BTKH, v_BTKH, window=window, segments_BT=segments_BT)
+
+        return attention
+
+    def recorded_cached(q_BTNH, *rest):
+        calls.append(("cached", q_BTNH.shape[1], rest[-1]))
+        return cached_attention(q_BTNH, *rest)
+
+    cached_attention = decode.cached_attention
+    monkeypatch.setattr(engine_module, "make_attention", recorded_attention)
+    monkeypatch.setattr(decode, "cached_attention", recorded_cached)
+    small = Engine(make_model(train=dict(attn_impl=asked), **SL), BYTES, **SMALL)
+    first, later = [(chosen, 16, 8), (chosen, 16, None)], [("cached", 16, 8), ("cached", 16, None)]
+    small._prefill([prompt(16)], [1], 0)
+    assert calls == first
+    small._prefill([prompt(40)], [1], 0)
+    assert calls == first * 2 + later, "calls are those of tracing: other slots make another first piece, the later two share a program"
 
 
 def test_the_draw_of_a_token_has_its_number_in_the_text_that_is_added():

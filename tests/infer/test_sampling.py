@@ -98,6 +98,13 @@ def test_temperature_zero_and_a_top_k_of_one_take_the_likeliest_and_of_equals_th
         assert set(drawing(logits, Controls.of([p] * 50), jnp.arange(50), filters=True).tolist()) == {1}
 
 
+def test_controls_stay_on_the_host_until_all_of_a_batch_is_placed():
+    """The engine places them with the rest by one device_put; jnp arrays would each be made by a program of its own."""
+    controls = Controls.of([SamplingParams(seed=3), SamplingParams(temperature=0)])
+    assert all(type(x_B) is np.ndarray for x_B in controls)
+    assert [x_B.dtype.name for x_B in controls] == ["float32", "int32", "float32", "float32", "int32"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
