@@ -154,12 +154,17 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
     angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
 
-    step = min(SLOTS_AT_ONCE, job.slots // job.parts)
-    turns = job.slots // job.parts // step
+    step = min(SLOTS_AT_ONCE, 1 << (job.slots // job.parts).bit_length() - 1)
+    turns = -(-job.slots // (step * job.parts))
     used = (jnp.minimum(position, job.slots) + step - 1) // step
 
+    def place(i):
+        """(first slot of a turn, where it is read): parts take turns, so that those of a short text share it; the last is moved back."""
+        first = (i * job.parts + part) * step
+        return first, jnp.minimum(first, job.slots - step)
+
     def load(i):
-        at = pl.ds((i * job.parts + part) * step, step)  # parts take turns, so that those of a short text share it
+        at = pl.ds(place(i)[1], step)
         return *(k_ref[b, k, at, half] for half in halves), v_ref[b, k, at, :]
 
     def turned(head, gain_ref):
@@ -182,10 +187,11 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
 
     def read(i, carry):
         tile, states = carry
-        following, begin = load(jnp.minimum(i + 1, turns - 1)), (i * job.parts + part) * step
+        following, (begin, at) = load(jnp.minimum(i + 1, turns - 1)), place(i)
+        slot = at + jnp.arange(step)
         # The slot of the position before holds that, the slot before the position before it, and so on, round the ring.
-        behind = 1 + (position - 1 - (begin + jnp.arange(step)) + job.slots) % job.slots
-        seen = (behind <= position) & (behind < (job.slots if job.window is None else job.window))
+        behind = 1 + (position - 1 - slot + job.slots) % job.slots
+        seen = (slot >= begin) & (behind <= position) & (behind < (job.slots if job.window is None else job.window))
         low, high, values = (x.astype(jnp.float32) for x in tile)
         return following, tuple(_softmax_step(x, state, (low, high), values, seen) for x, state in zip(asked, states, strict=True))
 

@@ -16,6 +16,7 @@ CASES = {
     "full": (64, None, (0, 5, 63)),
     "long": (256, None, (130, 7, 255)),
     "window of the ring": (64, 64, (3, 64, 1000)),
+    "odd ring": (100, 100, (3, 100, 1033)),
     "window in a longer cache": (128, 100, (3, 100, 126)),
 }
 
