@@ -106,7 +106,9 @@ def mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, np.ndarray]:
 def check_packed(path: Path, parameter: Parameter, parts: Parts, format: str) -> None:
     """Raise UserError where a packed matrix has scales that are no numbers or negative, codes that int4 has not, or another shape."""
     scales = parts["weight_scale"]
-    bad = scales == E8M0_NAN if format == "mxfp4" else ~(scales.astype(np.float32) >= 0) | ~np.isfinite(scales.astype(np.float32))
+    floats = scales.astype(np.float32)
+    # Nor -0: the kernels would read its sign bit as part of the number.
+    bad = scales == E8M0_NAN if format == "mxfp4" else np.signbit(floats) | ~np.isfinite(floats)
     if bad.any():
         raise UserError(f"{path}: scales must be finite and not negative, and {parameter.module} has {bad.sum()} that are not; {REMEDY}")
     if format != "int4":

@@ -58,7 +58,7 @@ class Engine:
     ) -> None:
         """For a model on one device. `piece`, `stride` and `slots`, powers of two, are the sizes named above.
 
-        `path` is the faster of those that this device has. It keeps weights of its own: hold on to `model` and they are there twice.
+        `path` is the faster of those that this device has. The kernels' takes the weights over, and leaves the model without.
         """
         program = model.program
         if program.mesh.size != 1:
@@ -249,7 +249,7 @@ def best_path(model: Model) -> Path:
     if reason := fused.refusal(model.program.request):
         return plain_path(model.program.graph, model.weights, f"{model.precision}, by XLA's products: {reason}")
     with jax.set_mesh(model.program.mesh):
-        return fused.path(model.weights, config, words=f"{model.precision}, by fused kernels")
+        return fused.path(model.weights, config, words=f"{model.precision}, by fused kernels up to {fused.MOST_ROWS} rows")
 
 
 def power_of_two(n: int) -> int:

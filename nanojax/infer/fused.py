@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,9 +64,8 @@ def refusal(request: Request) -> str | None:
     return None
 
 
-def fuse(weights: Mapping[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> FusedWeights:
-    """The weights, [in, out] or packed, laid out in `dtype`, matrix by matrix: what only `weights` held is freed on the way."""
-    left = dict(weights)
+def fuse(left: dict[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> FusedWeights:
+    """The weights, [in, out] or packed, laid out in `dtype`. The dictionary is emptied on the way, which frees what only it held."""
 
     def matrix(names: list[str]) -> Matrix:
         parts = [left.pop(name) for name in names]
@@ -110,8 +108,8 @@ def part(w: Matrix, outputs: slice = slice(None)) -> Any:
     return w[outputs].T
 
 
-def path(weights: Mapping[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, interpret: bool = False) -> Path:
-    """For the engine, on a GPU, or anywhere with `interpret`."""
+def path(weights: dict[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, interpret: bool = False) -> Path:
+    """For the engine, on a GPU, or anywhere with `interpret`. Takes the weights over, as `fuse` does."""
 
     def token(fused: FusedWeights, token_B: Array, position_B: Array, valid_B: Array, caches: tuple[Cache, ...]):
         return one_token(fused, c, token_B, position_B, valid_B, caches, interpret=interpret)

@@ -46,6 +46,12 @@ def main(argv: Sequence[str]) -> None:
     config = replace(config, train=replace(config.train, compute_dtype="bf16", precision="bf16"))
     bench = parse(Bench, rest, prog="decode.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
 
+    if bench.tokens < 2 or bench.rounds < 1 or bench.prompt + bench.tokens > bench.config.model.seq_len:
+        raise UserError(
+            f"a bench takes 2 tokens or more, a round or more, and prompts with their tokens within seq_len={bench.config.model.seq_len}, "
+            f"given {bench.tokens}, {bench.rounds} and {bench.prompt} + {bench.tokens}; try --prompt 16 --tokens 64"
+        )
+
     import jax
 
     device = jax.devices()[0]

@@ -14,8 +14,8 @@ from exporting import FORMATS, altered, read_tensors, runs  # noqa: F401  # fixt
 
 from nanojax.errors import UserError
 from nanojax.export.folder import WEIGHTS, open_export
-from nanojax.export.layout import Tensor, parameters
-from nanojax.export.read import mapped, read_parts, read_weights
+from nanojax.export.layout import Parameter, Tensor, parameters
+from nanojax.export.read import check_packed, mapped, read_parts, read_weights
 from nanojax.ops.packed import PackedMatrix, unpacked
 
 GROUP = {"int4_group": 64}
@@ -66,6 +66,15 @@ def test_matrices_that_stay_packed_are_the_bytes_of_the_file_and_stand_for_the_s
     stored = read_tensors(folder / WEIGHTS)
     assert kept["blocks.1.ffn.up.w"].words_OW.tobytes() == stored[f"{UP}.weight_packed"].tobytes()
     assert kept["blocks.1.ffn.up.w"].scales_OG.tobytes() == stored[f"{UP}.weight_scale"].tobytes()
+
+
+def test_a_scale_of_minus_zero_is_refused():
+    scales = np.zeros((4, 2), ml_dtypes.float8_e4m3fn)
+    where = Parameter("lm_head", (32, 4), linear=True)
+    check_packed(Path("x"), where, {"weight_scale": scales}, "nvfp4")
+    scales[1, 1] = -0.0
+    with pytest.raises(UserError, match="scales must be finite and not negative, and lm_head has 1 that are not"):
+        check_packed(Path("x"), where, {"weight_scale": scales}, "nvfp4")
 
 
 def test_a_packed_head_and_blocks_that_were_left_out_too(runs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +65,7 @@ def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format,
 def test_what_was_laid_out_gives_the_weights_back(name, format):
     model = make_model(**MODELS[name])
     weights = weights_of(model, format)
-    back = fused.plain(fused.fuse(weights, model.program.config.model, jnp.float32), model.program.config.model)
+    back = fused.plain(fused.fuse(dict(weights), model.program.config.model, jnp.float32), model.program.config.model)
     assert set(back) == set(weights)
     for key, w in weights.items():
         assert isinstance(back[key], PackedMatrix) == isinstance(w, PackedMatrix)
@@ -72,19 +73,20 @@ def test_what_was_laid_out_gives_the_weights_back(name, format):
         np.testing.assert_array_equal(got, want)
 
 
-def test_laying_out_frees_what_it_has_read():
+def test_laying_out_takes_the_weights_over_and_frees_them():
     model = make_model(**MODELS["gqa, windows"])
     weights = {name: jnp.array(w) for name, w in model.weights.items()}
-    kept = fused.fuse(weights, model.program.config.model, jnp.float32)
-    assert set(weights) == set(model.weights), "the caller's dictionary is left as it is"
-    assert kept.head.shape == weights["head.w"].shape[::-1]
+    held = [weakref.ref(w) for name, w in weights.items() if name.endswith(".w")]
+    fused.fuse(weights, model.program.config.model, jnp.float32)
+    assert not weights
+    assert not [reference for reference in held if reference() is not None]
 
 
 def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
     kind = dict(window=8, window_pattern="SL", n_kv_head=2, **SIZES)
     model = make_model(**kind)
     config, weights = model.program.config.model, weights_of(model, "nvfp4")
-    path = fused.path(weights, config, words="interpreted", dtype=jnp.float32, interpret=True)
+    path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, interpret=True)
     engine = Engine(model, BYTES, piece=16, stride=8, slots=16, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
