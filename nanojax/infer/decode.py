@@ -72,15 +72,8 @@ def plain_path(graph: nnx.GraphDef, weights: dict[str, Array], words: str) -> Pa
     return Path(weights, lambda weights: weights, one_token, words)
 
 
-def begin(
-    gpt: GPT, tokens_BT: Int[Array, "B T"], empty: State, length_B: Int[Array, " B"], done_B: Bool[Array, " B"], attention: AttentionFn
-) -> State:
-    """The state with the first piece of every prompt in its caches. Its attention is training's: within the piece, without a cache."""
-    return read(gpt, dataclasses.replace(empty, length_B=length_B, done_B=done_B), tokens_BT, jnp.zeros((), jnp.int32), attention)
-
-
 def read(gpt: GPT, state: State, tokens_BT: Int[Array, "B T"], start: Int[Array, ""], attention: AttentionFn | None = None) -> State:
-    """The state with one more piece of every prompt in its caches, from position `start` on."""
+    """The state with one more piece of every prompt in its caches, from position `start` on; the first one's `attention` is training's."""
     b, t = tokens_BT.shape
     positions_BT = jnp.broadcast_to(start + jnp.arange(t)[None], (b, t))
     valid_BT = positions_BT < state.length_B[:, None]

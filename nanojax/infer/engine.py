@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from nanojax.errors import UserError
 from nanojax.infer import fused
-from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, begin, model_of, plain_path, read
+from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, model_of, plain_path, read
 from nanojax.infer.load import Model
 from nanojax.infer.params import SamplingParams
 from nanojax.infer.sampling import Controls
@@ -201,7 +201,6 @@ class Engine:
                 state = self._read(self.path.weights, state, piece_BT, np.int32(start))
         return state
 
-    @functools.cache  # noqa: B019  # one function a shape, as jit must see it; engines live as long as programs
     def _attention(self, rows: int, tokens: int) -> AttentionFn:
         """That of the first piece of prompts: the fastest there is for its shape, or the one that the config names."""
         request = dataclasses.replace(self.program.request, rows=rows, tokens=tokens, documents=None)
@@ -216,7 +215,8 @@ class Engine:
         return model_of(self.program.graph, self.path.plain(weights))
 
     def _begun(self, weights: Any, tokens_BT: Array, length_B: Array, done_B: Array, slots: int, attention: AttentionFn) -> State:
-        return begin(self._gpt(weights), tokens_BT, self._empty_state(len(tokens_BT), slots), length_B, done_B, attention)
+        state = dataclasses.replace(self._empty_state(len(tokens_BT), slots), length_B=length_B, done_B=done_B)
+        return read(self._gpt(weights), state, tokens_BT, jnp.zeros((), jnp.int32), attention)
 
     def _capacity(self, tokens: int) -> int:
         """Slots that a layer without a window gets for rows of so many tokens."""

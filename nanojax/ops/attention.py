@@ -83,7 +83,7 @@ BACKENDS: Mapping[str, Callable[..., Array]] = {
     "reference": reference_attention,
 }
 AUTO_ORDER = ("te", "cudnn", "xla")
-PROMPT_ORDER = ("cudnn", "xla")  # compiling a model's layers of te takes longer than reading the prompt (scripts/bench/LOG.md)
+PROMPT_ORDER = ("cudnn", "xla")  # by the time to the first token, with and without te (scripts/bench/LOG.md)
 # Patterns of the custom calls, forward and backward, without which a compiled train step does not run that backend.
 KERNELS = {
     "te": (r"te_fused_attn_forward_ffi", r"te_fused_attn_backward_ffi"),

@@ -84,11 +84,9 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     sizes = {name: w.nbytes for name, w in model.weights.items()}
     path = plain_path(model.program.graph, model.weights, "XLA's products") if bench.plain else None
     engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials), path=path)
-    del model, path  # the engine has its own
-    params, weights = (
-        SamplingParams(temperature=0, tokens=bench.tokens),
-        sum(sizes.values()) - sizes["embedding"],
-    )  # of which one row is read
+    del model, path  # so that only the engine holds weights
+    params = SamplingParams(temperature=0, tokens=bench.tokens)
+    weights = sum(sizes.values()) - sizes["embedding"]  # of which one row is read
     for batch in bench.batches:
         prompts = np.random.default_rng(0).integers(0, 256, (batch, bench.prompt)).tolist()
         first, step = timed(lambda prompts=prompts: engine.steps(prompts, params, stops=()), bench.tokens, bench.rounds)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +259,16 @@ def test_wrong_prompts_are_refused_in_one_line_before_anything_runs(prompts, par
 def test_a_long_text_is_refused_before_its_stream_begins():
     with pytest.raises(UserError, match="a prompt must fit seq_len=64, and prompt 0 has 101 tokens"):
         engine().stream("a" * 100)
+
+
+def test_an_engine_that_is_dropped_frees_its_weights():
+    model = make_model()
+    held = weakref.ref(model.weights["head.w"])
+    dropped = Engine(model, BYTES, **SMALL)
+    dropped.generate([prompt(3)], SamplingParams(temperature=0, tokens=2))
+    del model, dropped
+    gc.collect()
+    assert held() is None
 
 
 def test_the_engine_is_public():

@@ -22,7 +22,7 @@ from nanojax.precision import Rounding, quantize_weights
 
 SIZES = dict(d_model=64, head_dim=16, d_ffn=96)
 MODELS = {
-    "gqa, windows": dict(n_kv_head=2, window=8, window_pattern="SL", **SIZES),
+    "gqa, windows": dict(n_kv_head=2, window=8, window_pattern="SL", **SIZES | {"d_ffn": 64}),
     "nanochat": dict(n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0, **SIZES),
     "no norms on queries and keys": dict(n_kv_head=1, qk_norm=False, **SIZES),
 }
@@ -87,7 +87,7 @@ def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
     model = make_model(**kind)
     config, weights = model.program.config.model, weights_of(model, "nvfp4")
     path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, interpret=True)
-    engine = Engine(model, BYTES, piece=16, stride=8, slots=16, path=path)
+    engine = Engine(model, BYTES, piece=16, stride=8, slots=64, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
     for name, w in weights.items():

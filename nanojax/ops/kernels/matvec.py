@@ -63,6 +63,9 @@ class Around:
     planes_out: bool = False
     """Whether what the next product reads is in planes."""
 
+    def __post_init__(self) -> None:
+        assert (self.stream_BO is None) == (self.gain_O is None), "a stream and the gain of its next product go together"
+
 
 PLAIN = Around()
 
@@ -112,10 +115,11 @@ def in_planes(position: Int[Array, " n"], size: int) -> Int[Array, " n"]:
 
 
 def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtype: DTypeLike = jnp.bfloat16) -> Any:
-    """`matvec` for any number of rows by XLA's own product, of inputs in their usual order; it takes bf16 inputs where weights are bf16.
+    """`matvec` for any number of rows by XLA's own product, nothing in planes; it takes bf16 inputs where weights are bf16.
 
     A packed matrix is unpacked to bf16 in memory first.
     """
+    assert not around.planes_out, "planes are for kernels"
     x_BI = x_BI.astype(jnp.float32)
     if around.rms_of_BI is not None:
         x_BI *= jax.lax.rsqrt(jnp.mean(jnp.square(around.rms_of_BI.astype(jnp.float32)), axis=1, keepdims=True) + EPS)
@@ -126,11 +130,10 @@ def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtyp
         y_BO = jax.nn.silu(gate_BO) * up_BO
     if around.ffn == "relu2":
         y_BO = jnp.square(jax.nn.relu(y_BO))
-    arranged = planes if around.planes_out else lambda y: y
     if around.stream_BO is None or around.gain_O is None:
-        return arranged(y_BO).astype(dtype)
+        return y_BO.astype(dtype)
     new_BO = (around.stream_BO.astype(jnp.float32) + y_BO).astype(dtype)
-    return new_BO, arranged(new_BO.astype(jnp.float32) * around.gain_O[None])
+    return new_BO, new_BO.astype(jnp.float32) * around.gain_O[None]
 
 
 def matvec(
@@ -152,7 +155,8 @@ def matvec(
     arrays = _arrays(w)
     outputs, columns = w.shape[0] // tiles, arrays[0].shape[1]
     cut = cut or best_cut(outputs, columns, tiles=tiles, packed=packed)
-    steps = outputs // cut.outputs
+    steps, left = divmod(outputs, cut.outputs)
+    assert not left, f"instances of {cut.outputs} outputs must make all {outputs}"
 
     def whole(x: Array) -> tuple[Array, pl.BlockSpec]:
         return x, pl.BlockSpec(x.shape, lambda i: (0,) * x.ndim)
