@@ -134,15 +134,15 @@ def groups(device: jax.Device, dtype) -> dict[str, list[Request]]:
 def examine(name: str, cases: Sequence[Request], pool: ThreadPoolExecutor) -> Finding:
     """Run the cases that the backend does not refuse."""
     from nanojax.ops.attention import REFUSALS
-    from nanojax.ops.attention_check import deviation
+    from nanojax.ops.attention_check import prepared, share
 
     started = time.perf_counter()
     reasons = [REFUSALS[name](case) for case in cases]
     served = [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
     shares, errors = [0.0], []
-    for future in [pool.submit(deviation, name, case) for case in served]:
+    for future in [pool.submit(prepared, name, case) for case in served]:
         try:
-            shares.append(future.result())
+            shares.append(share(future.result()()))
         except Exception as error:  # whatever a kernel raises is the finding
             errors.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}")
     refusals = tuple(dict.fromkeys(filter(None, reasons)))

@@ -19,7 +19,7 @@ from nanojax.export import layout
 from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export, printable
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
-from nanojax.ops.packed import PackedMatrix
+from nanojax.ops.packed import CODES, PackedMatrix, by_place, span
 from nanojax.precision import Rounding, siblings
 
 DTYPES = {
@@ -144,11 +144,12 @@ def weight(parts: Parts, linear: bool, format: str, dtype: jnp.dtype) -> Array:
 
 
 def packed_matrix(parts: Parts, format: str) -> PackedMatrix:
-    """A matrix as it is stored, on the host."""
+    """A matrix with the codes and scales that are stored, on the host."""
     scales = parts["weight_scale"]
     scales = scales if format == "int4" else scales.view(np.uint8)
     global_scale = parts["weight_global_scale"][0] if "weight_global_scale" in parts else None
-    return PackedMatrix(codes_of(parts).view("<i4"), scales, global_scale, format)
+    words = codes_of(parts).view("<i4")
+    return PackedMatrix(by_place(words, span(CODES * words.shape[1], scales.shape[1])), scales, global_scale, format)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

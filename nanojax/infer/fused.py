@@ -19,7 +19,8 @@ from nanojax.infer.decode import Path
 from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, decode_attention
-from nanojax.ops.kernels.matvec import MOST_ROWS, Around, Matrix, matmul, matvec, planes
+from nanojax.ops.kernels.launch import ON_GPU, Launch
+from nanojax.ops.kernels.matvec import AS_IS, MOST_ROWS, Around, Feed, Matrix, feed_of, matmul, matvec
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.packed import PackedMatrix, stacked
 from nanojax.ops.rope import rope_table
@@ -108,11 +109,11 @@ def part(w: Matrix, outputs: slice = slice(None)) -> Any:
     return w[outputs].T
 
 
-def path(weights: dict[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, interpret: bool = False) -> Path:
-    """For the engine, on a GPU, or anywhere with `interpret`. Takes the weights over, as `fuse` does."""
+def path(weights: dict[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, launch: Launch = ON_GPU) -> Path:
+    """For the engine, on a GPU, or anywhere with `INTERPRETED`. Takes the weights over, as `fuse` does."""
 
     def token(fused: FusedWeights, token_B: Array, position_B: Array, valid_B: Array, caches: tuple[Cache, ...]):
-        return one_token(fused, c, token_B, position_B, valid_B, caches, interpret=interpret)
+        return one_token(fused, c, token_B, position_B, valid_B, caches, launch=launch)
 
     return Path(fuse(weights, c, dtype), functools.partial(plain, c=c), token, words)
 
@@ -125,35 +126,32 @@ def one_token(
     valid_B: Bool[Array, " B"],
     caches: tuple[Cache, ...],
     *,
-    interpret: bool = False,
+    launch: Launch = ON_GPU,
 ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
     """(logits in float32, caches with the valid tokens in them) of one more token of each row."""
     few, dtype = len(token_B) <= MOST_ROWS, fused.embedding_VD.dtype
-    product = functools.partial(matvec, interpret=interpret) if few else matmul
+    product = functools.partial(matvec, launch=launch) if few else matmul
 
-    def in_planes_for(w: Matrix) -> bool:
-        return few and isinstance(w, PackedMatrix)
+    def feed(w: Matrix) -> Feed:
+        return feed_of(w) if few else AS_IS
 
     rope = rope_table(position_B[:, None], c.head_dim, c.rope_base)
     x_BD = fused.embedding_VD[token_B]
     x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
-    feed_BD = x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None]
-    feed_BD = planes(feed_BD) if in_planes_for(fused.layers[0].qkv) else feed_BD
+    fed_BD = feed(fused.layers[0].qkv).of(x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None], dtype)
     ahead = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
     written = []
     for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, ahead, strict=True)):
         with jax.named_scope(f"block_{i}"):
-            qkv_BYH = product(feed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
+            qkv_BYH = product(fed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
             new = NewTokens(qkv_BYH, rope, position_B, valid_B)
-            y_BX, cache = decode_attention(
-                new, caches[i], layer.qk_norms, window=c.windows[i], planes_out=in_planes_for(layer.o), interpret=interpret
-            )
+            y_BX, cache = decode_attention(new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), launch=launch)
             written.append(cache)
-            add = Around(stream_BO=x_BD, gain_O=layer.norms[1], planes_out=in_planes_for(layer.up))
-            x_BD, feed_BD = product(y_BX, layer.o, add, dtype=dtype)
-            h_BF = product(feed_BD, layer.up, Around(rms_of_BI=x_BD, ffn=c.ffn, planes_out=in_planes_for(layer.down)), dtype=dtype)
-            add = Around(stream_BO=x_BD, gain_O=next_gain, planes_out=in_planes_for(next_matrix))
-            x_BD, feed_BD = product(h_BF, layer.down, add, dtype=dtype)
+            add = Around(stream_BO=x_BD, gain_O=layer.norms[1], feed=feed(layer.up))
+            x_BD, fed_BD = product(y_BX, layer.o, add, dtype=dtype)
+            h_BF = product(fed_BD, layer.up, Around(rms_of_BI=x_BD, ffn=c.ffn, feed=feed(layer.down)), dtype=dtype)
+            add = Around(stream_BO=x_BD, gain_O=next_gain, feed=feed(next_matrix))
+            x_BD, fed_BD = product(h_BF, layer.down, add, dtype=dtype)
     with jax.named_scope("head"):
-        logits_BV = product(feed_BD, fused.head, Around(rms_of_BI=x_BD), dtype=jnp.float32)
+        logits_BV = product(fed_BD, fused.head, Around(rms_of_BI=x_BD), dtype=jnp.float32)
     return logits_BV if c.softcap is None else c.softcap * jnp.tanh(logits_BV / c.softcap), tuple(written)

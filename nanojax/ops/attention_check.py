@@ -8,9 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +26,6 @@ TOLERANCES = {"bfloat16": 2e-2, "float16": 4e-3, "float32": 3e-5}
 # Programs here run once: trying out which kernel is fastest for a product, or a fusion, takes XLA longer than all the rest. No backend's
 # own kernel is chosen that way. CPUs take these options as well, to no effect.
 COMPILER_OPTIONS: dict[str, bool | int] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
-
-
-# Callers compile in threads. Kernels run as in training, where no other thread starts one beside them.
-ONE_AT_A_TIME = threading.Lock()
 
 
 class Worst(NamedTuple):
@@ -76,36 +71,42 @@ def with_gradients(attention: AttentionFn, window: int | None) -> Callable[..., 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
 def reference(window: int | None, *inputs):
-    """What `with_gradients` makes of the reference. Jitted here, so that all backends share the program of a shape."""
+    """What `with_gradients` makes of the reference."""
     with jax.default_matmul_precision("highest"):  # GPUs would multiply float32 as TF32
         return with_gradients(reference_attention, window)(*inputs)
 
 
-def deviations(name: str, request: Request) -> dict[str, Worst]:
-    """Where each result is worst, for each window: `dq, window 17`. Raises whatever the backend raises."""
+def prepared(name: str, request: Request) -> Callable[[], dict[str, Worst]]:
+    """Compile a backend and the reference for each window of a request. The function made runs them and says where each result is worst:
+    `dq, window 17`.
+
+    Compile in threads, where there are many, but run in one: programs that several threads started gave wrong numbers on a GPU, those of
+    the reference among them. Raises whatever the backend raises.
+    """
     inputs = draw(request)
     *floats, segments = inputs
-    found = {}
+    exact = (*(np.asarray(x, np.float32) for x in floats), segments)  # cast on the host: nothing to compile
+    programs: dict[int | None, tuple[Any, Any]] = {}
     for window in dict.fromkeys(request.windows):
-        run = with_gradients(make_attention(name, request.documents), window)
-        program = jax.jit(run, compiler_options=COMPILER_OPTIONS).lower(*inputs).compile()
-        with ONE_AT_A_TIME:
-            got = jax.block_until_ready(program(*inputs))
-        want = reference(window, *(np.asarray(x, np.float32) for x in floats), segments)  # cast on the host: nothing to compile
-        for result, a, b in zip(RESULTS, got, want, strict=True):
-            if a.dtype != jnp.dtype(request.dtype) or a.shape != b.shape:
-                raise ValueError(f"{name} gave {a.dtype}{list(a.shape)} where {jnp.dtype(request.dtype)}{list(b.shape)} was due")
-            worst = worst_of(np.asarray(a, np.float64), np.asarray(b, np.float64), str(jnp.dtype(request.dtype)))
-            found[f"{result}, window {window}"] = worst
-    return found
+        run = jax.jit(with_gradients(make_attention(name, request.documents), window), compiler_options=COMPILER_OPTIONS)
+        programs[window] = run.lower(*inputs).compile(), reference.lower(window, *exact).compile()
+
+    def measure() -> dict[str, Worst]:
+        found = {}
+        for window, (program, truth) in programs.items():
+            for result, got, want in zip(RESULTS, program(*inputs), truth(*exact), strict=True):
+                if got.dtype != jnp.dtype(request.dtype) or got.shape != want.shape:
+                    raise ValueError(f"{name} gave {got.dtype}{list(got.shape)} where {jnp.dtype(request.dtype)}{list(want.shape)} was due")
+                worst = worst_of(np.asarray(got, np.float64), np.asarray(want, np.float64), str(got.dtype))
+                found[f"{result}, window {window}"] = worst
+        return found
+
+    return measure
 
 
-def deviation(name: str, request: Request) -> float:
-    """Largest deviation of a backend from the reference in float32, as a share of what is tolerated: above 1 it is wrong.
-
-    Every window of the request, output and gradients. NaN counts as infinity. Raises whatever the backend raises.
-    """
-    return max(worst.share for worst in deviations(name, request).values())
+def share(found: dict[str, Worst]) -> float:
+    """The largest deviation, as a share of what is tolerated: above 1 a backend is wrong. NaN counts as infinity."""
+    return max(worst.share for worst in found.values())
 
 
 def worst_of(got: np.ndarray, want: np.ndarray, dtype: str) -> Worst:
@@ -132,16 +133,16 @@ def small(request: Request) -> Request:
 
 
 def self_test(name: str, request: Request) -> float:
-    """`deviation` on a small case of a request's kind. Raises ValueError, naming backend and error, where it is wrong or fails."""
+    """`share` of a small case of a request's kind. Raises ValueError, naming backend and error, where it is wrong or fails."""
     case = small(request)
     try:
-        share = deviation(name, case)
+        found = share(prepared(name, case)())
     except Exception as error:  # whatever a kernel raises is the finding
         what = (str(error).splitlines() or [""])[0]
         raise ValueError(f"attn_impl={name} failed its self-test: {type(error).__name__}: {what:.200}; try another --attn-impl") from error
-    if not share <= 1:
+    if not found <= 1:
         raise ValueError(
-            f"attn_impl={name} failed its self-test: {share:.3g} times the tolerated deviation from the reference "
+            f"attn_impl={name} failed its self-test: {found:.3g} times the tolerated deviation from the reference "
             f"({case.heads} heads, {case.kv_heads} kv, of {case.head_dim}); try another --attn-impl"
         )
-    return share
+    return found

@@ -1,6 +1,6 @@
-"""Matrices kept in 4 bits, as an export stores them: eight codes a word.
+"""Matrices kept in 4 bits: eight codes a word, and words in the order in which kernels read them.
 
-O outputs, I inputs, W = I / 8 words, G = I / block scales of a row.
+O outputs, I inputs, W = I / 8 words, G = I / block scales of a row. Inputs come in spans, which have one scale, or share it with others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.fp4 import QuantizedArray, dequantize
 
-CODES = 8  # in a word of 32 bits, input 8w + j in bits 4j to 4j + 3
+CODES = 8  # in a word of 32 bits, the j-th in bits 4j to 4j + 3
+LONGEST_SPAN = 32  # inputs
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["words_OW", "scales_OG", "global_scale"], meta_fields=["format"])
@@ -25,7 +26,7 @@ class PackedMatrix:
     """A product's weights: half a byte each, and a scale for each block of inputs."""
 
     words_OW: Any
-    """int32."""
+    """int32: the first words of all spans, the second words of all spans, and so on (`by_place`)."""
     scales_OG: Any
     """float32 (int4), or the bytes, uint8, of E4M3 (nvfp4) and E8M0 (mxfp4) numbers."""
     global_scale: Any
@@ -38,15 +39,31 @@ class PackedMatrix:
         return self.words_OW.shape[0], CODES * self.words_OW.shape[1]
 
     @property
+    def span(self) -> int:
+        """Inputs of a span."""
+        return span(self.shape[1], self.scales_OG.shape[1])
+
+    @property
     def nbytes(self) -> int:
         """Of codes and scales together."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
+def span(inputs: int, scales: int) -> int:
+    """Inputs of a span of a matrix that has so many scales a row."""
+    return min(inputs // scales, LONGEST_SPAN)
+
+
+def by_place(words_OW: Any, span: int) -> Any:
+    """Words in the order of their inputs, as an export has them -> all first words of spans, then all second ones, and so on."""
+    return words_OW.reshape(len(words_OW), -1, span // CODES).swapaxes(1, 2).reshape(words_OW.shape)
+
+
 def unpacked(w: PackedMatrix, dtype: DTypeLike) -> Float[Array, "I O"]:
     """The kernel [in, out] that a packed matrix stands for."""
     shifts = 4 * jnp.arange(CODES)[None, None, :]
-    codes_OI = ((w.words_OW[:, :, None] >> shifts) & 15).astype(jnp.uint8).reshape(w.shape)
+    words_OW = w.words_OW.reshape(len(w.words_OW), w.span // CODES, -1).swapaxes(1, 2).reshape(w.words_OW.shape)  # as their inputs
+    codes_OI = ((words_OW[:, :, None] >> shifts) & 15).astype(jnp.uint8).reshape(w.shape)
     scales_OG = w.scales_OG if w.global_scale is None else jax.lax.bitcast_convert_type(w.scales_OG, jnp.float8_e4m3fn)
     return dequantize(QuantizedArray(codes_OI.T, scales_OG.T, w.global_scale, w.format), dtype)
 

@@ -133,7 +133,12 @@ def random_model(config: Config, format: str) -> Model:
 
     program = make_program(resolve(config, config.model.vocab_size), jax.devices()[:1])
     shapes = jax.eval_shape(program.phases[0].prepare, program.shapes.params)
-    draw = jax.jit(lambda key, like: (0.02 * jax.random.normal(key, like.shape, jnp.float32)).astype(like.dtype), static_argnums=1)
+
+    def drawn(key: Any, like: Any) -> Any:
+        """Row by row, since the memory that drawing takes would be the peak."""
+        return jax.lax.map(lambda k: (0.02 * jax.random.normal(k, like.shape[1:])).astype(like.dtype), jax.random.split(key, like.shape[0]))
+
+    draw = jax.jit(drawn, static_argnums=1)
     coded = jax.jit(random_matrix, static_argnums=(0, 1, 2))
     weights: dict[str, Any] = {}
     for i, (name, s) in enumerate(shapes.items()):

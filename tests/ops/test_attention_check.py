@@ -15,7 +15,7 @@ import pytest
 
 from nanojax.ops import attention as backends
 from nanojax.ops.attention import BACKENDS, REFUSALS, reference_attention
-from nanojax.ops.attention_check import Worst, deviation, deviations, draw, self_test, small, worst_of
+from nanojax.ops.attention_check import Worst, draw, prepared, self_test, share, small, worst_of
 from nanojax.ops.attention_request import Request
 
 REQUEST = Request(platform="cpu", dtype=jnp.float32, rows=2, tokens=13, heads=4, kv_heads=2, head_dim=16)
@@ -25,8 +25,8 @@ HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}  # query heads, key heads
 @pytest.mark.parametrize("documents", [None, 4])
 def test_xla_is_within_the_tolerance_and_the_reference_at_no_distance_from_itself(documents):
     request = dataclasses.replace(REQUEST, windows=(None, 5), documents=documents)
-    assert deviation("reference", request) == 0
-    assert 0 < deviation("xla", request) < 1
+    assert share(prepared("reference", request)()) == 0
+    assert 0 < share(prepared("xla", request)()) < 1
 
 
 def without_the_window(*qkv, window=None, segments_BT=None):
@@ -59,7 +59,7 @@ def plug(monkeypatch):
 def test_a_backend_that_errs_is_far_beyond_the_tolerance(plug, wrong):
     plug(wrong)
     request = dataclasses.replace(REQUEST, windows=(5,), documents=4)
-    assert deviation("xla", request) > 100
+    assert share(prepared("xla", request)()) > 100
     with pytest.raises(ValueError, match=r"attn_impl=xla failed its self-test: .* times the tolerated deviation") as caught:
         self_test("xla", request)
     assert "\n" not in str(caught.value)
@@ -100,7 +100,7 @@ def too_far(found: dict[str, Worst]) -> dict[str, Worst]:
 
 def test_a_wrong_result_is_told_from_right_ones_with_its_place(plug):
     plug(without_a_gradient_of_v)
-    found = deviations("xla", dataclasses.replace(REQUEST, windows=(None, 5)))
+    found = prepared("xla", dataclasses.replace(REQUEST, windows=(None, 5)))()
     assert set(too_far(found)) == {"dv, window None", "dv, window 5"}
     worst = found["dv, window 5"]
     assert worst.got == 0
@@ -143,11 +143,11 @@ def cell(heads: str, window: int | None, documents: int | None, size: int) -> Re
 
 
 @functools.cache
-def measured() -> dict[tuple, Future]:
-    """Every cell that its backend does not refuse, under way."""
+def compiled() -> dict[tuple, Future]:
+    """Every cell that its backend does not refuse, on its way to be run."""
     pool = ThreadPoolExecutor(os.cpu_count())
     served = [(name, *case) for name, *case in TABLE if REFUSALS[name](cell(*case)) is None]
-    return {(name, *case): pool.submit(deviations, name, cell(*case)) for name, *case in served}
+    return {(name, *case): pool.submit(prepared, name, cell(*case)) for name, *case in served}
 
 
 @pytest.mark.gpu
@@ -162,7 +162,7 @@ def test_a_backend_on_a_gpu_agrees_with_the_reference_forward_and_backward(name,
         assert refused is not None
         return
     assert refused is None
-    assert too_far(measured()[name, *case].result()) == {}
+    assert too_far(compiled()[name, *case].result()()) == {}
 
 
 @pytest.mark.gpu
@@ -172,4 +172,4 @@ def test_te_takes_short_even_and_odd_rows_and_many_documents(tokens):
     for documents in (None, 64):
         request = dataclasses.replace(cell("GQA", 17, documents, 128), tokens=tokens)
         assert REFUSALS["te"](request) is None
-        assert too_far(deviations("te", request)) == {}
+        assert too_far(prepared("te", request)()) == {}

@@ -17,7 +17,8 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
 from nanojax.ops.cache import Cache, cached_attention
-from nanojax.ops.kernels.matvec import in_planes, planes
+from nanojax.ops.kernels.launch import ON_GPU, Launch, let_the_next_start
+from nanojax.ops.kernels.matvec import AS_IS, Feed
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import rotate
 
@@ -41,7 +42,7 @@ Gains = tuple[Float[Array, " H"], Float[Array, " H"]]
 """Of the norms on queries and keys."""
 
 
-def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None, *, window: int | None = None, planes_out: bool = False):
+def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None, *, window: int | None = None, feed: Feed = AS_IS):
     """`decode_attention` by the functions that prompts are read with."""
     kv_heads = cache.k_BKSH.shape[1]
     cuts = (new.qkv_BYH.shape[1] - 2 * kv_heads, new.qkv_BYH.shape[1] - kv_heads)
@@ -51,7 +52,7 @@ def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None
     q_B1NH, k_B1KH = rotate(q_B1NH, new.rope_B1H), rotate(k_B1KH, new.rope_B1H)
     y_B1NH, cache = cached_attention(q_B1NH, k_B1KH, v_B1KH, cache, new.position_B[:, None], new.valid_B[:, None], window)
     y_BX = y_B1NH.reshape(len(y_B1NH), -1)
-    return planes(y_BX) if planes_out else y_BX, cache
+    return feed.of(y_BX, y_BX.dtype).astype(y_BX.dtype), cache
 
 
 def best_parts(instances: int, slots: int) -> int:
@@ -68,13 +69,13 @@ def decode_attention(
     gains: Gains | None,
     *,
     window: int | None = None,
-    planes_out: bool = False,
+    feed: Feed = AS_IS,
     parts: int | None = None,
-    interpret: bool = False,
+    launch: Launch = ON_GPU,
 ) -> tuple[Float[Array, "B X"], Cache]:
     """(what each new token sees, the cache with it in it where valid), like `cached_attention` of one token.
 
-    No `gains`: there are no norms. `planes_out`: as a packed matrix takes it. `parts`, a power of two: instances that share a head's
+    No `gains`: there are no norms. `feed`: of the matrix that takes the result. `parts`, a power of two: instances that share a head's
     slots. The cache is written in place where its buffer is donated.
     """
     batch, heads, size = new.qkv_BYH.shape
@@ -90,7 +91,7 @@ def decode_attention(
     dtype = new.qkv_BYH.dtype
     results = [jax.ShapeDtypeStruct((batch, queries * size), dtype)] if parts == 1 else _partial_shapes(batch, queries, parts, size)
     results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
-    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, planes_out)
+    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, feed, launch)
     *made, k_BKSH, v_BKSH = pl.pallas_call(
         functools.partial(_kernel, job),
         out_shape=results,
@@ -100,16 +101,16 @@ def decode_attention(
         input_output_aliases={len(arrays) - 2: len(results) - 2, len(arrays) - 1: len(results) - 1},
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name="decode_attention",
-        interpret=interpret,
+        interpret=launch.interpret,
     )(*arrays)
     if parts > 1:
         made = pl.pallas_call(
-            functools.partial(_join, planes_out),
+            functools.partial(_join, feed, launch),
             out_shape=[jax.ShapeDtypeStruct((batch, queries * size), dtype)],
             grid=(batch, queries),
             compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
             name="decode_attention_join",
-            interpret=interpret,
+            interpret=launch.interpret,
         )(*made)
     return made[0], Cache(k_BKSH, v_BKSH)
 
@@ -120,17 +121,16 @@ def _partial_shapes(batch: int, queries: int, parts: int, size: int) -> list[jax
     return [sums, sums, jax.ShapeDtypeStruct((batch, parts, queries * size), jnp.float32)]
 
 
-def _join(planes_out: bool, most_ref, total_ref, sum_ref, y_ref):
+def _join(feed: Feed, launch: Launch, most_ref, total_ref, sum_ref, y_ref):
     """One instance: one head of one row, its parts of a softmax made one."""
-    b, head, parts, heads = pl.program_id(0), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
+    b, head, parts, heads = pl.program_id(0) + let_the_next_start(launch), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
     size = sum_ref.shape[2] // heads
-    at = head * size + jnp.arange(size)
-    at = in_planes(at, heads * size) if planes_out else at
+    at = feed.at(head * size + jnp.arange(size), heads * size)
     most = [most_ref[b, part, head] for part in range(parts)]
     scales = [jnp.exp(x - functools.reduce(jnp.maximum, most)) for x in most]
     total = functools.reduce(jnp.add, (total_ref[b, part, head] * scale for part, scale in enumerate(scales)))
     y = functools.reduce(jnp.add, (sum_ref[b, part, at] * scale for part, scale in enumerate(scales)))
-    y_ref[b, at] = (y / total).astype(y_ref.dtype)
+    y_ref[b, at] = (y / total * feed.growth).astype(y_ref.dtype)
 
 
 class _Job(NamedTuple):
@@ -143,14 +143,15 @@ class _Job(NamedTuple):
     slots: int
     window: int | None
     parts: int
-    planes_out: bool
+    feed: Feed
+    launch: Launch
 
 
 def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     """One instance: one key and value head of one row, and a part of its slots."""
     q_gain, k_gain = refs[:2] if job.normed else (None, None)
     position_ref, valid_ref, k_ref, v_ref, *outs, new_k_ref, new_v_ref = refs[2 * job.normed :]
-    b, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    b, k, part = pl.program_id(0) + let_the_next_start(job.launch), pl.program_id(1), pl.program_id(2)
     halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
     angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
 
@@ -198,12 +199,11 @@ def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
     _, states = jax.lax.fori_loop(0, (used - part + job.parts - 1) // job.parts, read, (first, states))
     for g, (most, total, y) in enumerate(states):
         head = k * job.group + g
-        at = head * 2 * job.half + jnp.arange(2 * job.half)
-        at = in_planes(at, queries * 2 * job.half) if job.planes_out else at
+        at = job.feed.at(head * 2 * job.half + jnp.arange(2 * job.half), queries * 2 * job.half)
         if job.parts > 1:
             outs[0][b, part, head], outs[1][b, part, head], outs[2][b, part, at] = most, total, y
         else:
-            outs[0][b, at] = (y / total).astype(outs[0].dtype)
+            outs[0][b, at] = (y / total * job.feed.growth).astype(outs[0].dtype)
 
 
 def _turned(head, gains, angle):

@@ -1,10 +1,10 @@
 """Products of a few rows with a matrix that is read once, in bf16 or in 4 bits: what decoding spends its time on.
 
-B rows, O outputs, I inputs, W = I / 8 words, G = I / block scales. An instance of the kernel makes a few outputs from all inputs. What
-surrounds the product rides along: the divisor of the RMSNorm before it, the activation or the residual sum after it.
+B rows, O outputs, I inputs, L = I / span lanes. An instance of the kernel makes a few outputs from all inputs. What surrounds the product
+rides along: the divisor of the RMSNorm before it, the activation or the residual sum after it.
 
-Packed matrices take their inputs in planes: plane j holds the inputs 8w + j of all words w. The codes of a word belong to neighbouring
-inputs, and a vector load brings neighbours of one plane. Whoever makes the inputs writes them so.
+A lane multiplies a span of a packed matrix, whose codes have one scale. Vector loads bring neighbours, which belong to neighbouring lanes:
+the words of a matrix and the inputs it takes are ordered by their place in the span. Whoever makes the inputs writes them so.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from nanojax.ops.cache import einsum_in_float32
 from nanojax.ops.fp4 import e2m1_values
+from nanojax.ops.kernels.launch import ON_GPU, Launch, let_the_next_start
 from nanojax.ops.norm import EPS
 from nanojax.ops.packed import CODES, PackedMatrix, unpacked
 
@@ -44,8 +45,38 @@ class Cut:
     outputs: int
     """That an instance makes."""
     lanes: int
-    """Columns, of weights or of words, that it reads at a time."""
+    """That it reads at a time."""
     warps: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """The form in which a matrix takes its inputs: those of one place in their spans are a plane, which lies there lane by lane."""
+
+    span: int = 1
+    growth: float = 1.0
+    """What inputs are multiplied by. Where it is not 1 they come in the type of activations, else some in float32."""
+
+    def at(self, position: Int[Array, " n"], size: int) -> Int[Array, " n"]:
+        """Where the inputs at these positions of `size` lie."""
+        return position if self.span == 1 else position % self.span * (size // self.span) + position // self.span
+
+    def of(self, x_BI: Float[Array, "B I"], dtype: DTypeLike) -> Float[Array, "B I"]:
+        """Inputs in this form; `dtype` is that of activations."""
+        x_BI = (x_BI * self.growth).reshape(len(x_BI), -1, self.span).swapaxes(1, 2).reshape(x_BI.shape)
+        return x_BI.astype(self.narrow(dtype))
+
+    def narrow(self, dtype: DTypeLike) -> DTypeLike:
+        """The type of inputs that would be float32 otherwise."""
+        return jnp.float32 if self.growth == 1 else dtype
+
+
+AS_IS = Feed()
+
+
+def feed_of(w: Matrix) -> Feed:
+    """What a matrix takes."""
+    return Feed(w.span, 1.0 if w.format == "int4" else GROWTH) if isinstance(w, PackedMatrix) else AS_IS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,8 +91,8 @@ class Around:
     """What the product is added to."""
     gain_O: Float[Array, " O"] | None = None
     """With a stream: what the sum is multiplied by for the next product."""
-    planes_out: bool = False
-    """Whether what the next product reads is in planes."""
+    feed: Feed = AS_IS
+    """Of the product that reads this one's result."""
 
     def __post_init__(self) -> None:
         assert (self.stream_BO is None) == (self.gain_O is None), "a stream and the gain of its next product go together"
@@ -78,48 +109,41 @@ class _Job:
     arrays: int
     """Of a matrix: itself, or words, scales and perhaps a global scale."""
     tiles: int
-    columns: int
+    lanes: int
+    span: int
     cut: Cut
     ffn: str | None
     rms: bool
     stream: bool
-    planes_out: bool
-    interpret: bool
+    feed: Feed
+    launch: Launch
+
+    @property
+    def e2m1(self) -> bool:
+        return self.format not in (None, "int4")
 
     @property
     def shrunk(self) -> bool:
         """Whether codes are read as tiny floats. CPUs flush denormals, so there they are worked out instead."""
-        return self.format not in (None, "int4") and not self.interpret
+        return self.e2m1 and not self.launch.interpret
 
 
-def best_cut(outputs: int, columns: int, *, tiles: int, packed: bool) -> Cut:
+def best_cut(outputs: int, *, tiles: int, packed: bool) -> Cut:
     """What was fastest of the cuts tried on an H200 (scripts/bench/LOG.md): small matrices want many instances, large ones long reads."""
     made = tiles * outputs
     if packed:
-        rows, lanes, warps = (4 if made <= 2048 else 16 if made >= 8192 else 8), 256, 4
-    elif made * columns < 10_000_000:
-        rows, lanes, warps = 2, 512, 2
+        rows, lanes, warps = (16, 64, 4) if made >= 8192 else (8, 128, 4)
     else:
-        rows, lanes, warps = (8 if made >= 3072 else 4), 512, 4
+        rows, lanes, warps = (8, 1024, 4) if made >= 16384 else (4, 1024, 2)
     return Cut(min(rows, outputs & -outputs), lanes, warps)
 
 
-def planes(x_BI: Float[Array, "B I"]) -> Float[Array, "B I"]:
-    """Inputs in the order that packed matrices take."""
-    return x_BI.reshape(len(x_BI), -1, CODES).swapaxes(1, 2).reshape(x_BI.shape)
-
-
-def in_planes(position: Int[Array, " n"], size: int) -> Int[Array, " n"]:
-    """Where `planes` puts the elements at these positions of `size`."""
-    return position % CODES * (size // CODES) + position // CODES
-
-
 def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtype: DTypeLike = jnp.bfloat16) -> Any:
-    """`matvec` for any number of rows by XLA's own product, nothing in planes; it takes bf16 inputs where weights are bf16.
+    """`matvec` for any number of rows by XLA's own product, inputs as they are; it takes them in bf16 where weights are bf16.
 
     A packed matrix is unpacked to bf16 in memory first.
     """
-    assert not around.planes_out, "planes are for kernels"
+    assert around.feed == AS_IS, "other forms are for kernels"
     x_BI = x_BI.astype(jnp.float32)
     if around.rms_of_BI is not None:
         x_BI *= jax.lax.rsqrt(jnp.mean(jnp.square(around.rms_of_BI.astype(jnp.float32)), axis=1, keepdims=True) + EPS)
@@ -143,18 +167,19 @@ def matvec(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     cut: Cut | None = None,
-    interpret: bool = False,
+    launch: Launch = ON_GPU,
 ) -> Any:
-    """x w^T in `dtype`, summed in float32, for 1 to 8 rows; `x` of a packed matrix is in planes. `interpret`: run without a GPU.
+    """x w^T in `dtype`, summed in float32, for 1 to 8 rows; `x` is in the form of `feed_of(w)`.
 
-    On a GPU, E2M1 codes are multiplied in bf16 and summed in it four at a time: 3e-3 of the result by root mean square.
+    On a GPU, E2M1 codes are multiplied in bf16, as which their inputs have to come, and summed in it four at a time: 3e-3 of the result by
+    root mean square.
 
-    Returns [B, O], or with a stream (its new state, that times the gain in float32).
+    Returns [B, O] in the form of `around.feed`, or with a stream (its new state, that times the gain in that form).
     """
     rows, packed, tiles = len(x_BI), isinstance(w, PackedMatrix), 2 if around.ffn == "swiglu" else 1
     arrays = _arrays(w)
-    outputs, columns = w.shape[0] // tiles, arrays[0].shape[1]
-    cut = cut or best_cut(outputs, columns, tiles=tiles, packed=packed)
+    outputs, span = w.shape[0] // tiles, feed_of(w).span
+    cut = cut or best_cut(outputs, tiles=tiles, packed=packed)
     steps, left = divmod(outputs, cut.outputs)
     assert not left, f"instances of {cut.outputs} outputs must make all {outputs}"
 
@@ -167,15 +192,16 @@ def matvec(
     own = pl.BlockSpec((rows, cut.outputs), lambda i: (0, i))
     operands = [whole(x_BI)] + ([] if around.rms_of_BI is None else [whole(around.rms_of_BI)])
     operands += [slab(x, tile) for tile in range(tiles) for x in arrays]
-    read = pl.BlockSpec((rows, outputs), lambda i: (0, 0)) if around.planes_out else own
+    read = own if around.feed.span == 1 else pl.BlockSpec((rows, outputs), lambda i: (0, 0))
     results = [(jax.ShapeDtypeStruct((rows, outputs), dtype), read)]
     if around.stream_BO is not None and around.gain_O is not None:
         operands += [(around.stream_BO, own), (around.gain_O, pl.BlockSpec((cut.outputs,), lambda i: (i,)))]
-        results = [(results[0][0], own), (jax.ShapeDtypeStruct((rows, outputs), jnp.float32), read)]
+        results = [(results[0][0], own), (jax.ShapeDtypeStruct((rows, outputs), around.feed.narrow(dtype)), read)]
     job = _Job(
-        format=w.format if packed else None, arrays=len(arrays), tiles=tiles, columns=columns, cut=cut, ffn=around.ffn,
-        rms=around.rms_of_BI is not None, stream=around.stream_BO is not None, planes_out=around.planes_out, interpret=interpret,
+        format=w.format if packed else None, arrays=len(arrays), tiles=tiles, lanes=w.shape[1] // span, span=span, cut=cut, ffn=around.ffn,
+        rms=around.rms_of_BI is not None, stream=around.stream_BO is not None, feed=around.feed, launch=launch,
     )  # fmt: skip
+    assert not job.shrunk or x_BI.dtype == jnp.bfloat16, f"kernels take inputs of E2M1 codes in bf16, given {x_BI.dtype}"
     made = pl.pallas_call(
         functools.partial(_kernel, job),
         out_shape=[shape for shape, _ in results],
@@ -184,7 +210,7 @@ def matvec(
         out_specs=[spec for _, spec in results],
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=1),
         name=f"matvec_{job.format or 'bf16'}_{w.shape[0]}x{w.shape[1]}",  # as profiles show it
-        interpret=interpret,
+        interpret=launch.interpret,
     )(*(x for x, _ in operands))
     return made[0] if around.stream_BO is None else tuple(made)
 
@@ -206,13 +232,14 @@ def _kernel(job: _Job, x_ref, *refs):
     squared = [_pieces_of(rms_ref, b) if rms_ref is not None else None for b in rows]
     streams = [refs[0][b, :].astype(jnp.float32) if job.stream else None for b in rows]
     gain = refs[1][...].astype(jnp.float32) if job.stream else None
-    factor = E2M1_SHRINK / GROWTH if job.shrunk else 1.0
+    factor = (E2M1_SHRINK if job.shrunk else 1.0) / (GROWTH if job.e2m1 else 1.0)
     factor = factor / matrices[0][2][0] if job.arrays == 3 else factor
     sums: dict[tuple[int, int, int], Any] = {}
-    for start, lanes in _pieces(job.columns, job.cut.lanes):
-        xs = [_inputs(job, x_ref, b, start, lanes) for b in rows]
-        for tile, matrix in enumerate(matrices):
-            part = _products(matrix, job, start, lanes)
+    zero = let_the_next_start(job.launch)
+    for start, lanes in _pieces(job.lanes, job.cut.lanes):
+        parts = [_products(matrix, job, start, lanes) for matrix in matrices]
+        xs = [_inputs(job, x_ref, b + zero, start, lanes) for b in rows]  # handed from thread to thread, while weights are on their way
+        for tile, part in enumerate(parts):
             for b in rows:
                 sums[tile, b, lanes] = sums[tile, b, lanes] + part(xs[b]) if (tile, b, lanes) in sums else part(xs[b])
     for b in rows:
@@ -239,36 +266,59 @@ def _pieces_of(ref, b: int) -> list[Array]:
     return [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in _pieces(ref.shape[1], LONGEST_SUM)]
 
 
-def _inputs(job: _Job, x_ref, b: int, start: int, lanes: int) -> list[Array]:
-    """What row b's inputs of a piece are multiplied as: float32, of each plane, or pairs of bf16 of planes that are four apart."""
-    count = 1 if job.format is None else CODES
-    planes = [x_ref[b, pl.ds(plane * job.columns + start, lanes)].astype(jnp.float32) for plane in range(count)]
+def _inputs(job: _Job, x_ref, b: Any, start: int, lanes: int) -> list[Array]:
+    """What row b's inputs of a piece are multiplied as: in float32, plane by plane, or pairs of bf16 whose planes are four apart."""
+    planes = [x_ref[b, pl.ds(plane * job.lanes + start, lanes)] for plane in range(job.span)]
     if not job.shrunk:
-        return planes
-    bits = [jax.lax.bitcast_convert_type(x * GROWTH, jnp.int32) + 0x8000 for x in planes]  # to the nearest bf16, in the upper half
-    return [(low >> 16 & 0xFFFF) | (high & -0x10000) for low, high in zip(bits[:4], bits[4:], strict=True)]
+        return [x.astype(jnp.float32) for x in planes]
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) for x in planes]
+    words = [bits[start : start + CODES] for start in range(0, job.span, CODES)]
+    return [low | high << 16 for word in words for low, high in zip(word[:4], word[4:], strict=True)]
 
 
 def _products(matrix, job: _Job, start: int, lanes: int) -> Callable[[list[Array]], Array]:
-    """Inputs of a piece -> their products with a matrix [outputs, lanes], those of the codes of a word summed."""
+    """Inputs of a piece -> their products with a matrix [outputs, lanes], those of a span summed."""
     if job.format is None:
-        w = matrix[0][:, pl.ds(start, lanes)].astype(jnp.float32)
-        return lambda xs: w * xs[0][None, :]
-    words = matrix[0][:, pl.ds(start, lanes)]
-    per_scale = matrix[0].shape[1] // matrix[1].shape[1]
-    row, column = jnp.arange(words.shape[0])[:, None], (start + jnp.arange(lanes)[None, :]) // per_scale
-    scales = matrix[1][jnp.broadcast_to(row, words.shape), jnp.broadcast_to(column, words.shape)]
-    as_float = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+        w = matrix[0][:, pl.ds(start, lanes)]
+        return lambda xs: w.astype(jnp.float32) * xs[0][None, :]
+    words = [matrix[0][:, pl.ds(place * job.lanes + start, lanes)] for place in range(job.span // CODES)]
+    scales = _scales(matrix[1], job, start, lanes)
+
+    def products(xs: list[Array]) -> Array:
+        if job.shrunk:
+            found = [_e2m1_products(word, xs[4 * i :][:4]) for i, word in enumerate(words)]
+        else:
+            found = [_value(word >> 4 * j & 15, job) * xs[CODES * i + j][None, :] for i, word in enumerate(words) for j in range(CODES)]
+        return functools.reduce(jnp.add, found) * _scales_as_floats(scales, job)
+
+    return products
+
+
+def _value(code: Int[Array, "O L"], job: _Job) -> Float[Array, "O L"]:
+    """What a code stands for."""
+    if job.format == "int4":
+        return jax.lax.bitcast_convert_type(code | INT4_BITS, jnp.float32) - INT4_ZERO
+    return e2m1_values(code.astype(jnp.uint8))
+
+
+def _scales(ref, job: _Job, start: int, lanes: int) -> Array:
+    """Of the spans of a piece, [outputs, lanes], as they are stored."""
+    if ref.shape[1] == job.lanes:
+        return ref[:, pl.ds(start, lanes)]
+    shape, per_scale = (ref.shape[0], lanes), job.lanes // ref.shape[1]
+    row, column = jnp.arange(shape[0])[:, None], (start + jnp.arange(lanes)[None, :]) // per_scale
+    return ref[jnp.broadcast_to(row, shape), jnp.broadcast_to(column, shape)]
+
+
+def _scales_as_floats(scales: Array, job: _Job) -> Float[Array, "O L"]:
+    """Bytes as the numbers they are; on a GPU E4M3 comes 2^120 too small and is put right."""
+    if job.format == "int4":
+        return scales
     if job.format == "mxfp4":
-        scales = as_float(scales.astype(jnp.int32) << 23)
-    elif job.format != "int4":
-        bits = scales.astype(jnp.int32) << 20
-        scales = as_float(bits) * E4M3_SHRINK if job.shrunk else jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32)
-    if job.shrunk:
-        return lambda xs: _e2m1_products(words, xs) * scales
-    codes = [words >> 4 * j & 15 for j in range(CODES)]
-    values = [as_float(code | INT4_BITS) - INT4_ZERO if job.format == "int4" else e2m1_values(code.astype(jnp.uint8)) for code in codes]
-    return lambda xs: functools.reduce(jnp.add, (value * x[None, :] for value, x in zip(values, xs, strict=True))) * scales
+        return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 23, jnp.float32)
+    if not job.shrunk:
+        return jax.lax.bitcast_convert_type(scales, jnp.float8_e4m3fn).astype(jnp.float32)
+    return jax.lax.bitcast_convert_type(scales.astype(jnp.int32) << 20, jnp.float32) * E4M3_SHRINK
 
 
 def _e2m1_products(words: Int[Array, "O W"], pairs: list[Array]) -> Float[Array, "O W"]:
@@ -302,8 +352,9 @@ def _finish(job: _Job, ys, b: int, stream, gain, out_refs):
         new = (stream + y).astype(out_refs[0].dtype)
         out_refs[0][b, :] = new
         y = new.astype(jnp.float32) * gain
-    if job.planes_out:
-        position = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0])
-        read_ref[b, in_planes(position, read_ref.shape[1])] = y.astype(read_ref.dtype)
+    y = (y * job.feed.growth).astype(read_ref.dtype)
+    if job.feed.span == 1:
+        read_ref[b, :] = y
     else:
-        read_ref[b, :] = y.astype(read_ref.dtype)
+        position = pl.program_id(0) * y.shape[0] + jnp.arange(y.shape[0])
+        read_ref[b, job.feed.at(position, read_ref.shape[1])] = y

@@ -9,6 +9,8 @@ import pytest
 
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, best_parts, decode_attention, decode_attention_reference
+from nanojax.ops.kernels.launch import INTERPRETED, Launch
+from nanojax.ops.kernels.matvec import Feed
 from nanojax.ops.rope import rope_table
 
 # Slots, window, position of each row: an empty cache, one in its middle, a full one, rings that have gone round.
@@ -37,20 +39,20 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "parts", "planes_out"), [(4, 4, 1, False), (6, 2, 4, True), (4, 1, 2, False), (4, 2, 1, True)]
+    ("heads", "kv_heads", "parts", "feed"), [(4, 4, 1, Feed()), (6, 2, 4, Feed(16, 2.0)), (4, 1, 2, Feed()), (4, 2, 1, Feed(32))]
 )
-def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, parts, planes_out):
+def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, parts, feed):
     new, cache, gains, window = make(heads, kv_heads, 16, case, jnp.float32)
     for norms in (gains, None):
-        got = decode_attention(new, cache, norms, window=window, planes_out=planes_out, parts=parts, interpret=True)
-        want = decode_attention_reference(new, cache, norms, window=window, planes_out=planes_out)
+        got = decode_attention(new, cache, norms, window=window, feed=feed, parts=parts, launch=INTERPRETED)
+        want = decode_attention_reference(new, cache, norms, window=window, feed=feed)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)  # sums of float32 in another order
 
 
 def test_a_token_that_is_not_valid_is_not_written():
     new, cache, gains, _ = make(4, 2, 16, "full", jnp.float32)
-    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, interpret=True)
+    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, launch=INTERPRETED)
     changed = [(np.asarray(a) != np.asarray(b)).any(axis=(1, 3)) for a, b in zip(cache, written, strict=True)]
     for slots in changed:
         assert [np.flatnonzero(row).tolist() for row in slots] == [[0], [], [63]]
@@ -69,8 +71,8 @@ def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case)
     new, cache, gains, window = make(heads, kv_heads, size, case, jnp.bfloat16)
 
     def run(f, **kw):
-        return jax.jit(lambda *args: f(*args, window=window, planes_out=True, **kw))(new, cache, gains)
+        return jax.jit(lambda *args: f(*args, window=window, feed=Feed(16), **kw))(new, cache, gains)
 
-    for a, b in zip(run(decode_attention, parts=parts), run(decode_attention_reference), strict=True):
+    for a, b in zip(run(decode_attention, parts=parts, launch=Launch(early=True)), run(decode_attention_reference), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2)  # bf16 of values of order 1

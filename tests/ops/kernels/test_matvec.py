@@ -11,8 +11,9 @@ import pytest
 from generating import packed
 
 from nanojax.ops.fp4 import dequantize, quantize
-from nanojax.ops.kernels.matvec import Around, Cut, in_planes, matmul, matvec, planes
-from nanojax.ops.packed import PackedMatrix, stacked, unpacked
+from nanojax.ops.kernels.launch import INTERPRETED, ON_GPU, Launch
+from nanojax.ops.kernels.matvec import GROWTH, Around, Cut, Feed, feed_of, matmul, matvec
+from nanojax.ops.packed import PackedMatrix, by_place, stacked, unpacked
 
 FORMATS = ("bf16", "int4", "nvfp4", "mxfp4")
 
@@ -58,12 +59,12 @@ def surroundings(rows: int, outputs: int, inputs: int) -> list[Around]:
     ]
 
 
-def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, cut: Cut | None, interpret: bool) -> None:
+def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, cut: Cut | None, launch: Launch) -> None:
     w, w_OI = make(format, outputs, inputs)
     x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((rows, inputs)), jnp.float32)
-    given = x_BI if format == "bf16" else planes(x_BI)
+    given = feed_of(w).of(x_BI, jnp.float32 if launch.interpret else jnp.bfloat16)
     arounds = surroundings(rows, outputs, inputs)
-    made = jax.jit(lambda x, w: [matvec(x, w, around, dtype=jnp.float32, cut=cut, interpret=interpret) for around in arounds])(given, w)
+    made = jax.jit(lambda x, w: [matvec(x, w, around, dtype=jnp.float32, cut=cut, launch=launch) for around in arounds])(given, w)
     for got, around in zip(made, arounds, strict=True):
         for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
@@ -74,16 +75,17 @@ def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, c
 )
 def test_a_product_and_what_surrounds_it_are_those_of_float64(format, rows, outputs, inputs):
     """Inputs that no power of two divides are read in pieces of several sizes."""
-    check(format, rows, outputs, inputs, 1e-5, Cut(8, 16), interpret=True)  # sums of float32
+    check(format, rows, outputs, inputs, 1e-5, Cut(8, 16), INTERPRETED)  # sums of float32
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_compiled_kernels_agree_on_a_gpu(format):
+@pytest.mark.parametrize("launch", [ON_GPU, Launch(early=True)], ids=["", "early"])
+def test_the_compiled_kernels_agree_on_a_gpu(format, launch):
     # E2M1 is multiplied in bf16: inputs, products and sums of four are rounded to 8 bits.
     tolerance = 1e-5 if format in ("bf16", "int4") else 1.5e-2
     for rows, outputs, inputs in ((1, 256, 1280), (2, 48, 1408), (8, 64, 736)):
-        check(format, rows, outputs, inputs, tolerance, None, interpret=False)
+        check(format, rows, outputs, inputs, tolerance, None, launch)
 
 
 @pytest.mark.gpu
@@ -93,10 +95,11 @@ def test_every_code_times_one_is_exact_on_a_gpu(format):
     codes = (np.arange(16)[:, None] + np.arange(32)[None, :]) % 16  # a row has each code, each place each code
     words = (codes.reshape(16, 4, 8).astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32)
     scales = jnp.full((16, 2), 0x38, jnp.uint8) if format == "nvfp4" else jnp.full((16, 1), 127, jnp.uint8)  # 1
+    words = by_place(words, 16 if format == "nvfp4" else 32)
     w = PackedMatrix(jnp.asarray(words), scales, jnp.float32(1) if format == "nvfp4" else None, format)
     values = np.asarray(unpacked(w, jnp.float32)).T
     assert set(np.abs(values).ravel()) == {0, 0.5, 1, 1.5, 2, 3, 4, 6}
-    product = jax.jit(lambda x_BI: matvec(planes(x_BI), w, dtype=jnp.float32))
+    product = jax.jit(lambda x_BI: matvec(feed_of(w).of(x_BI, jnp.bfloat16), w, dtype=jnp.float32))
     for i in range(0, 32, 8):  # one input at a time, in each of the rows of a batch
         np.testing.assert_array_equal(product(jnp.eye(32)[i : i + 8]), values[:, i : i + 8].T)
 
@@ -111,20 +114,33 @@ def test_the_product_of_many_rows_is_that_of_the_kernel(format):
             np.testing.assert_allclose(a, b, atol=2e-2 * np.abs(b).max())  # inputs, and weights of packed formats, are bf16
 
 
-def test_planes_are_every_eighth_input_and_outputs_are_written_there():
-    x_BI = jnp.arange(32.0)[None]
-    assert planes(x_BI)[0, :5].tolist() == [0, 8, 16, 24, 1]
-    assert jnp.zeros(32).at[in_planes(jnp.arange(32), 32)].set(x_BI[0]).tolist() == planes(x_BI)[0].tolist()
+def test_inputs_lie_by_their_place_in_a_span_and_outputs_are_written_there():
+    x_BI, feed = jnp.arange(32.0)[None], Feed(16, 4.0)
+    assert feed.of(x_BI, jnp.bfloat16)[0, :5].tolist() == [0, 64, 4, 68, 8]
+    assert feed.of(x_BI, jnp.bfloat16).dtype == jnp.bfloat16
+    assert jnp.zeros(32).at[feed.at(jnp.arange(32), 32)].set(4 * x_BI[0]).tolist() == feed.of(x_BI, jnp.float32)[0].tolist()
+    assert Feed().of(x_BI, jnp.bfloat16).tolist() == x_BI.tolist()
     w, _ = make("bf16", 32, 64)
     x_BI = jnp.ones((2, 64))
     for around in (Around(), Around(stream_BO=jnp.zeros((2, 32)), gain_O=jnp.ones(32))):
-        plain, moved = (
-            matvec(x_BI, w, dataclasses.replace(around, planes_out=out), dtype=jnp.float32, interpret=True) for out in (False, True)
-        )
+        plain, moved = (matvec(x_BI, w, dataclasses.replace(around, feed=f), dtype=jnp.float32, launch=INTERPRETED) for f in (Feed(), feed))
         plain, moved = (y if isinstance(y, tuple) else (y, y) for y in (plain, moved))
-        np.testing.assert_array_equal(moved[1], planes(plain[1]))
+        np.testing.assert_array_equal(moved[1], feed.of(plain[1], jnp.float32))
         if around.stream_BO is not None:
             np.testing.assert_array_equal(moved[0], plain[0])
+
+
+def test_each_kind_of_matrix_has_its_feed():
+    feeds = {format: feed_of(make(format, 8, 64)[0]) for format in FORMATS}
+    assert feeds == {"bf16": Feed(1, 1.0), "int4": Feed(32, 1.0), "nvfp4": Feed(16, GROWTH), "mxfp4": Feed(32, GROWTH)}
+
+
+def test_int4_scales_of_several_spans_are_each_where_they_belong():
+    w_IO = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32) * np.repeat([1.0, 8.0], 128)[:, None].astype(np.float32)
+    q = quantize(jnp.asarray(w_IO), "int4", block=128)
+    w, x_BI = packed(q), jnp.asarray(np.random.default_rng(1).standard_normal((1, 256)), jnp.float32)
+    got = matvec(feed_of(w).of(x_BI, jnp.float32), w, dtype=jnp.float32, launch=INTERPRETED)
+    np.testing.assert_allclose(got, np.asarray(x_BI, np.float64) @ np.asarray(dequantize(q), np.float64), atol=1e-4)
 
 
 def test_packed_matrices_have_the_sizes_of_what_they_hold_and_stack():
