@@ -15,6 +15,11 @@ VERBS = {
     "eval": ("nanojax.evals.command", "main", "bits per byte of a run or an export: nanojax eval runs/tiny"),
     "sample": ("nanojax.infer.sample", "main", "continue a text: nanojax sample runs/tiny --prompt 'def '"),
     "export": ("nanojax.export.command", "main", "write a run as safetensors: nanojax export runs/tiny out"),
+    "inspect": (
+        "nanojax.analysis.command",
+        "main",
+        "where a step's time goes: nanojax inspect runs/d12; what configs/d12.py compiles to",
+    ),
     "doctor": ("nanojax.doctor", "main", "check this machine: devices, versions, every attention backend against the reference"),
     "tokenizer": ("nanojax.data.commands", "tokenizer_main", "train or evaluate a tokenizer"),
     "data": ("nanojax.data.commands", "data_main", "download public text, or prepare your own"),

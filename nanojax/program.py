@@ -37,6 +37,8 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False},
     "cpu": {},
 }
+# Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
+PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,18 +118,21 @@ class Program(Site):
         with attention_told():
             return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
 
-    def check_step(self, state: TrainState) -> str:
-        """Compile the step after `state`, and say which attention kernels it calls. Raises UserError where the backend's own are missing.
+    def compile_step(self, state: TrainState, step: int = 1) -> jax.stages.Compiled:
+        """The compiled step number `step`, from a state or the shapes of one.
 
-        The program stays with the jitted function, so the first step compiles nothing more; for that, `state` must be the real one.
+        The program stays with the jitted function, so that the first step compiles nothing more; for that, `state` must be the real one.
         """
         from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
 
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
-        text = self.phase(int(state.step) + 1).train_step.lower(state, Batch(tokens, tokens, tokens)).compile().as_text()
+        return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens)).compile()
+
+    def check_step(self, compiled: jax.stages.Compiled) -> str:
+        """Which attention kernels a compiled step calls, in words. Raises UserError where the backend's own are missing."""
         with attention_told():
-            return f"attention: compiled step calls {compiled_kernels(self.attention, text or '')}"
+            return f"attention: compiled step calls {compiled_kernels(self.attention, compiled.as_text() or '')}"
 
     @property
     def parameters(self) -> int:
@@ -195,11 +200,14 @@ def attention_of(site: Site) -> AttentionFn:
     return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS else attend
 
 
-def make_program(config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None) -> Program:
+def make_program(
+    config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None, profiled: bool = False
+) -> Program:
     """The program of a resolved config on all devices (or those given); nothing is compiled or allocated yet.
 
     `prepare`, for formats of your own, replaces precision.prepare_weights: master weights -> those that products read, in the
-    type of the activations. Raises UserError when mesh, batch, attention or precision do not fit the devices.
+    type of the activations. `profiled`: kernels are launched one by one, so that a trace says what
+    each belongs to. Raises UserError when mesh, batch, attention or precision do not fit the devices.
     """
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
@@ -226,7 +234,8 @@ def make_program(config: Config, devices: list[jax.Device] | None = None, *, pre
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
 
     head = dict(blocks=train.loss_blocks, packed=config.data.mask_documents)
-    jit = functools.partial(jax.jit, compiler_options=COMPILER_OPTIONS.get(site.platform) or None)
+    options = COMPILER_OPTIONS.get(site.platform, {}) | (PROFILER_OPTIONS.get(site.platform, {}) if profiled else {})
+    jit = functools.partial(jax.jit, compiler_options=options or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)

@@ -62,7 +62,8 @@ def train_step(
     def accumulate(carry: tuple[Array, dict], micro: Any) -> tuple[tuple[Array, dict], None]:
         nats, grads = jax.value_and_grad(loss)(weights, *micro)
         total, sums = carry
-        sums = {name: sums[name] + g.astype(jnp.float32) for name, g in grads.items()}
+        with jax.named_scope("accumulate"):
+            sums = {name: sums[name] + g.astype(jnp.float32) for name, g in grads.items()}
         return (total + nats, jax.lax.with_sharding_constraint(sums, shardings)), None
 
     zeros = {name: jnp.zeros(w.shape, jnp.float32) for name, w in state.params.items()}

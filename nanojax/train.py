@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset, value_of
@@ -15,6 +15,7 @@ from nanojax.config import Config
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    from nanojax.analysis.record import About
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
     from nanojax.program import Program
@@ -119,6 +120,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     import jax
 
     from nanojax import telemetry
+    from nanojax.analysis.record import write_record
     from nanojax.checkpoint import Checkpoints
     from nanojax.data.loader import Loader
     from nanojax.data.packing import load_or_make
@@ -129,7 +131,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
-    program = make_program(config)
+    program = make_program(config, profiled=command.profile is not None)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
     plan = load_or_make(data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap)
@@ -155,7 +157,11 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             folder.write(config, data)
-        print(program.check_step(state), flush=True)
+        compiled = program.compile_step(state, int(state.step) + 1)
+        print(program.check_step(compiled), flush=True)
+        if command.profile is not None:
+            write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
+        del compiled
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
@@ -165,6 +171,23 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def about(program: Program, compiled: Any, window: str, peak: float | None) -> About:
+    """What `nanojax inspect` is to know of the steps that are traced."""
+    from nanojax.analysis.record import about_step
+    from nanojax.sizes import flops_per_token
+
+    (first, last), config = parse_window(window), program.config
+    return about_step(
+        compiled,
+        device=program.mesh.devices.flat[0].device_kind,
+        devices=program.mesh.size,
+        steps=min(last, config.steps) - first + 1,
+        tokens=config.batch_tokens,
+        flops=float(flops_per_token(config.model) * config.batch_tokens),
+        peak_flops=peak,
+    )
 
 
 def start(program: Program) -> TrainState:

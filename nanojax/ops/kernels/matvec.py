@@ -285,20 +285,17 @@ def _products(matrix, job: _Job, start: int, lanes: int) -> Callable[[list[Array
     scales = _scales(matrix[1], job, start, lanes)
 
     def products(xs: list[Array]) -> Array:
+        codes = [word >> 4 * j & 15 for word in words for j in range(CODES)]
         if job.shrunk:
             found = [_e2m1_products(word, xs[4 * i :][:4]) for i, word in enumerate(words)]
+        elif job.e2m1:
+            found = [jnp.sum(e2m1_values(jnp.stack(codes).astype(jnp.uint8)) * jnp.stack(xs)[:, None, :], axis=0)]
         else:
-            found = [_value(word >> 4 * j & 15, job) * xs[CODES * i + j][None, :] for i, word in enumerate(words) for j in range(CODES)]
+            values = (jax.lax.bitcast_convert_type(code | INT4_BITS, jnp.float32) - INT4_ZERO for code in codes)
+            found = [value * x[None, :] for value, x in zip(values, xs, strict=True)]
         return functools.reduce(jnp.add, found) * _scales_as_floats(scales, job)
 
     return products
-
-
-def _value(code: Int[Array, "O L"], job: _Job) -> Float[Array, "O L"]:
-    """What a code stands for."""
-    if job.format == "int4":
-        return jax.lax.bitcast_convert_type(code | INT4_BITS, jnp.float32) - INT4_ZERO
-    return e2m1_values(code.astype(jnp.uint8))
 
 
 def _scales(ref, job: _Job, start: int, lanes: int) -> Array:

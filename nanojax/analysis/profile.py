@@ -1,0 +1,150 @@
+"""Kernels of a trace beside the operations of its program: where the time of a step went."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+from nanojax.analysis.hlo import Op
+from nanojax.analysis.trace import COMMUNICATION, COPY, Kernel, main_module, own_times
+
+PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = "matrix products", "attention", "elementwise", "optimizer"
+QUANTISATION, COMMUNICATING, COPIES, OTHER, UNKNOWN, IDLE = (
+    "quantisation", "communication", "copies to and from the host", "other programs", "unattributed", "idle",
+)  # fmt: skip
+GROUPS: tuple[str, ...] = (PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER, QUANTISATION, COMMUNICATING, COPIES, OTHER, UNKNOWN, IDLE)
+# The named scopes of the model and the step (model.py, step.py), outermost first.
+SCOPES = ("prepare", "embed", "block", "attention", "qkv", "rope", "attend", "out", "ffn", "final_norm", "loss", "accumulate", "optimizer")
+KERNELS = (  # kernels by their names, for traces that do not say which operation one belongs to
+    (re.compile(r"sdpa|fmha|flash|fused_attn|compute_dot_do_o|convert_dq", re.I), ATTENTION),
+    (re.compile(r"nccl", re.I), COMMUNICATING),
+    (re.compile(r"nvjet|gemm|cutlass|cublas|splitK|(^|_)dot(_|\.|$)", re.I), PRODUCTS),
+    (re.compile(r"fusion|wrapped_|^memcpy\d|^Memset|^copy|transpose|reduce|broadcast|convert|scatter|select", re.I), ELEMENTWISE),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Kernels of one group, model part and name, over one step."""
+
+    group: str
+    part: str
+    """Named scopes, `backward` with them; empty where nothing says."""
+    name: str
+    seconds: float
+    count: float
+    flops: float
+    bytes: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A step, by the clock of the device."""
+
+    rows: tuple[Row, ...]
+    """Their seconds, and those idle, make up the wall time."""
+    wall: float
+    """Seconds from the first kernel of the steps to the end of the last, over their number."""
+    idle: float
+    hidden: float
+    """Seconds of communication and copies under other kernels."""
+    steps: int
+    spans: tuple[tuple[float, float, str], ...]
+    """(start, end, group) of what ran in the last step, in seconds from its start."""
+
+    def by(self, field: str) -> dict[str, Row]:
+        """Rows summed over one of `group`, `part`, `name`, longest first."""
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0] * 4)
+        groups: dict[str, Counter[str]] = defaultdict(Counter)
+        for row in self.rows:
+            key = getattr(row, field)
+            groups[key][row.group] += 1
+            for i, value in enumerate((row.seconds, row.count, row.flops, row.bytes)):
+                sums[key][i] += value
+        found = {key: Row(groups[key].most_common(1)[0][0], key if field == "part" else "", key, *sums[key]) for key in sums}
+        return dict(sorted(found.items(), key=lambda item: -item[1].seconds))
+
+    def seconds(self, group: str) -> float:
+        """Of a group, idle included."""
+        return self.idle if group == IDLE else sum(row.seconds for row in self.rows if row.group == group)
+
+
+def make_profile(kernels: Sequence[Kernel], ops: Sequence[Op], steps: int | None = None) -> Profile:
+    """`ops` of the program that was traced, none where it is not known. `steps` it was run; None: by how often its rarest kernel ran."""
+    module = main_module(kernels)
+    within = [kernel for kernel in kernels if kernel.module == module]
+    begin, end = within[0].start, max(kernel.end for kernel in within)
+    kernels = [kernel for kernel in kernels if kernel.start >= begin and kernel.end <= end]
+    steps = steps or min(Counter(kernel.op or kernel.name for kernel in within).values())
+    own, hidden = own_times(kernels), 0.0
+    known, parted = {op.name: op for op in ops}, {name: len(names) for name, names in _kernels_of(within).items()}
+    rows: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
+    spans: list[tuple[float, float, str]] = []
+    for kernel, ns in zip(kernels, own, strict=True):
+        op = known.get(kernel.op) or known.get(re.sub(r"_(\d+)$", r".\1", kernel.name)) if kernel.module == module else None
+        group, part = (OTHER, "") if kernel.module not in (module, "") else _place(kernel, op, bool(ops))
+        if kernel.kind in (COMMUNICATION, COPY):
+            hidden += kernel.end - kernel.start - ns
+        share = 1 / parted.get(kernel.op, 1)  # an operation may be several kernels
+        values = rows[group, part, re.sub(r"([._]\d+)+$", "", kernel.name)]
+        for i, value in enumerate((ns / 1e9, 1.0, op.flops * share if op else 0.0, op.bytes * share if op else 0.0)):
+            values[i] += value
+        spans.append((kernel.start, kernel.end, group))
+    made = tuple(Row(*key, *(value / steps for value in values)) for key, values in rows.items())
+    wall = (end - begin) / steps
+    last = [((a - end + wall) / 1e9, (b - end + wall) / 1e9, group) for a, b, group in spans if a >= end - wall]
+    return Profile(made, wall / 1e9, (wall - sum(own) / steps) / 1e9, hidden / 1e9 / steps, steps, tuple(_joined(last)))
+
+
+def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str]]:
+    """Spans of one group that follow one another within 5 us made one: what a picture can show."""
+    found: list[tuple[float, float, str]] = []
+    for start, end, group in spans:
+        if found and found[-1][2] == group and start - found[-1][1] < 5e-6:
+            found[-1] = (found[-1][0], max(end, found[-1][1]), group)
+        else:
+            found.append((start, end, group))
+    return found
+
+
+def _kernels_of(kernels: Sequence[Kernel]) -> dict[str, set[str]]:
+    """Operation -> the different kernels that it runs."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for kernel in kernels:
+        if kernel.op:
+            found[kernel.op].add(kernel.name)
+    return found
+
+
+def _place(kernel: Kernel, op: Op | None, program_known: bool) -> tuple[str, str]:
+    """(group, model part)."""
+    if kernel.kind == COPY:
+        return COPIES, ""
+    if op is not None:
+        return group_of(op), part_of(op.scope)
+    if program_known and kernel.op:
+        return UNKNOWN, ""
+    return next((group for pattern, group in KERNELS if pattern.search(kernel.name)), UNKNOWN), ""
+
+
+def group_of(op: Op) -> str:
+    """What kind of work an operation is."""
+    scopes = part_of(op.scope).split("/")
+    if op.collective:
+        return COMMUNICATING
+    if "optimizer" in scopes:
+        return OPTIMIZER
+    if "prepare" in scopes:
+        return QUANTISATION
+    if "attend" in scopes:
+        return ATTENTION
+    return PRODUCTS if op.flops or op.opcode == "dot" else ELEMENTWISE
+
+
+def part_of(scope: str) -> str:
+    """'jit(train_step)/.../transpose(jvp(block_3))/ffn/dot_general' -> 'backward: block/ffn'."""
+    words = [re.sub(r"^.*\(|\)+$|_\d+\)*$", "", word) for word in scope.split("/")]
+    path = "/".join(dict.fromkeys(word for word in words if word in SCOPES))
+    return f"backward: {path}" if path and "transpose(" in scope else path
