@@ -20,6 +20,7 @@ VERBS = {
         "main",
         "where a step's time goes: nanojax inspect runs/d12; what configs/d12.py compiles to",
     ),
+    "plan": ("nanojax.analysis.plan_command", "main", "what fits: nanojax plan configs/d20.py --target h200 --devices 8"),
     "doctor": ("nanojax.doctor", "main", "check this machine: devices, versions, every attention backend against the reference"),
     "tokenizer": ("nanojax.data.commands", "tokenizer_main", "train or evaluate a tokenizer"),
     "data": ("nanojax.data.commands", "data_main", "download public text, or prepare your own"),

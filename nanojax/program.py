@@ -118,16 +118,15 @@ class Program(Site):
         with attention_told():
             return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
 
-    def compile_step(self, state: TrainState, step: int = 1) -> jax.stages.Compiled:
-        """The compiled step number `step`, from a state or the shapes of one.
-
-        The program stays with the jitted function, so that the first step compiles nothing more; for that, `state` must be the real one.
-        """
+    def compile_step(self, step: int = 1) -> jax.stages.Compiled:
+        """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more."""
         from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
 
+        state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
-        return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens)).compile()
+        with jax.set_mesh(self.mesh):
+            return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens)).compile()
 
     def check_step(self, compiled: jax.stages.Compiled) -> str:
         """Which attention kernels a compiled step calls, in words. Raises UserError where the backend's own are missing."""

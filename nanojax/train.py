@@ -120,7 +120,6 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     import jax
 
     from nanojax import telemetry
-    from nanojax.analysis.record import write_record
     from nanojax.checkpoint import Checkpoints
     from nanojax.data.loader import Loader
     from nanojax.data.packing import load_or_make
@@ -138,6 +137,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
     if program.platform == "gpu":
         print(program.self_test(), flush=True)
+    prepare_step(program, command, folder, peak)
     loader = Loader(
         data.train,
         plan,
@@ -157,11 +157,6 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             folder.write(config, data)
-        compiled = program.compile_step(state, int(state.step) + 1)
-        print(program.check_step(compiled), flush=True)
-        if command.profile is not None:
-            write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
-        del compiled
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
@@ -171,6 +166,18 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, peak: float | None) -> None:
+    """Compile the first step and look at it, before anything is allocated. Raises UserError where it cannot fit or lacks its kernels."""
+    from nanojax.analysis.plan import require_fit
+    from nanojax.analysis.record import write_record
+
+    compiled = program.compile_step(folder.steps[-1] + 1 if command.resume else 1)
+    require_fit(program, compiled, print)
+    print(program.check_step(compiled), flush=True)
+    if command.profile is not None:
+        write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
 
 
 def about(program: Program, compiled: Any, window: str, peak: float | None) -> About:

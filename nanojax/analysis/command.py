@@ -101,8 +101,6 @@ def inspect_config(argv: Sequence[str]) -> None:
     words = dict(prog="nanojax inspect [PRESET.py]", description=inspect_config.__doc__ or "")
     config = parse(InspectConfig, rest, default=InspectConfig(config=preset), **words).config
 
-    import jax
-
     from nanojax.analysis.compiled import facts
     from nanojax.analysis.report import table
     from nanojax.program import keep_compiled_programs, make_program
@@ -110,6 +108,4 @@ def inspect_config(argv: Sequence[str]) -> None:
 
     keep_compiled_programs(config.data.cache)
     program = make_program(resolve(config, config.model.vocab_size))
-    with jax.set_mesh(program.mesh):
-        compiled = program.compile_step(program.shapes)
-    print(table(facts(program, compiled).items()))
+    print(table(facts(program, program.compile_step()).items()))

@@ -288,14 +288,20 @@ def _products(matrix, job: _Job, start: int, lanes: int) -> Callable[[list[Array
         codes = [word >> 4 * j & 15 for word in words for j in range(CODES)]
         if job.shrunk:
             found = [_e2m1_products(word, xs[4 * i :][:4]) for i, word in enumerate(words)]
-        elif job.e2m1:
-            found = [jnp.sum(e2m1_values(jnp.stack(codes).astype(jnp.uint8)) * jnp.stack(xs)[:, None, :], axis=0)]
+        elif job.launch.interpret:  # Triton has no such stacks, and CPUs are slow to compile what is not stacked
+            found = [jnp.sum(_values(jnp.stack(codes), job) * jnp.stack(xs)[:, None, :], axis=0)]
         else:
-            values = (jax.lax.bitcast_convert_type(code | INT4_BITS, jnp.float32) - INT4_ZERO for code in codes)
-            found = [value * x[None, :] for value, x in zip(values, xs, strict=True)]
+            found = [_values(code, job) * x[None, :] for code, x in zip(codes, xs, strict=True)]
         return functools.reduce(jnp.add, found) * _scales_as_floats(scales, job)
 
     return products
+
+
+def _values(codes: Int[Array, "*S O L"], job: _Job) -> Float[Array, "*S O L"]:
+    """What codes stand for."""
+    if job.format == "int4":
+        return jax.lax.bitcast_convert_type(codes | INT4_BITS, jnp.float32) - INT4_ZERO
+    return e2m1_values(codes.astype(jnp.uint8))
 
 
 def _scales(ref, job: _Job, start: int, lanes: int) -> Array:
