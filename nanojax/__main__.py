@@ -16,7 +16,7 @@ VERBS = {
     "sample": ("nanojax.infer.sample", "main", "continue a text: nanojax sample runs/tiny --prompt 'def '"),
     "export": ("nanojax.export.command", "main", "write a run as safetensors: nanojax export runs/tiny out"),
     "inspect": (
-        "nanojax.analysis.command",
+        "nanojax.analysis.inspect_command",
         "main",
         "where a step's time goes: nanojax inspect runs/d12; what configs/d12.py compiles to",
     ),

@@ -49,7 +49,7 @@ def imported(path: Path) -> set[str]:
         ("grain", {"nanojax/data/"}),
         ("transformer_engine", {"nanojax/ops/attention_te.py"}),
         ("tensorboardX", {"nanojax/telemetry.py"}),
-        ("matplotlib", {"nanojax/telemetry.py", "scripts/bench/"}),
+        ("matplotlib", {"nanojax/telemetry.py", "nanojax/analysis/picture.py", "scripts/bench/"}),
         ("tiktoken", {"nanojax/tokenizer.py"}),
         ("rustbpe", {"nanojax/tokenizer.py"}),
         ("safetensors", {"nanojax/export/"}),

@@ -16,9 +16,9 @@ def report(profile: Profile, about: About | None, top: int) -> str:
     parts = [row for key, row in profile.by("part").items() if key]
     kernels = list(profile.by("name").values())
     sections = [
-        "\n".join([heading("group", profile), *(line(row.name, row, profile) for row in groups), *last_lines(profile)]),
-        "" if not parts else "\n".join([heading("model part", profile), *(line(row.name, row, profile) for row in parts)]),
-        "\n".join([heading("kernel", profile), *(line(shortened(row.name), row, profile) for row in kernels[:top])]),
+        "\n".join([heading("group"), *(line(row.name, row, profile) for row in groups), *last_lines(profile)]),
+        "" if not parts else "\n".join([heading("model part"), *(line(row.name, row, profile) for row in parts)]),
+        "\n".join([heading("kernel"), *(line(shortened(row.name), row, profile) for row in kernels[:top])]),
         counts(profile, about),
     ]
     if not parts:
@@ -26,17 +26,20 @@ def report(profile: Profile, about: About | None, top: int) -> str:
     return "\n\n".join(filter(None, sections))
 
 
-def heading(word: str, profile: Profile) -> str:
+def heading(word: str) -> str:
+    """The line above rows, `word` above their names."""
     return f"{word:<{WIDEST}}{'ms':>9}{'share':>8}{'kernels':>9}{'TFLOP/s':>9}{'GB/s':>7}"
 
 
 def line(name: str, row: Row, profile: Profile) -> str:
+    """A row, with what it reached where its FLOPs and bytes are known."""
     tflops = f"{row.flops / row.seconds / 1e12:9.3g}" if row.flops and row.seconds else f"{'':9}"
     gbytes = f"{row.bytes / row.seconds / 1e9:7.4g}" if row.bytes and row.seconds else f"{'':7}"
     return f"{name:<{WIDEST}}{1e3 * row.seconds:9.2f}{row.seconds / profile.wall:8.1%}{row.count:9,.0f}{tflops}{gbytes}".rstrip()
 
 
 def last_lines(profile: Profile) -> list[str]:
+    """What makes the groups whole, the sum, and what lies beneath."""
     return [
         f"{'idle':<{WIDEST}}{1e3 * profile.idle:9.2f}{profile.idle / profile.wall:8.1%}",
         f"{'a step':<{WIDEST}}{1e3 * profile.wall:9.2f}{1:8.0%}",
@@ -63,6 +66,7 @@ def counts(profile: Profile, about: About | None) -> str:
 
 
 def shortened(name: str) -> str:
+    """A name that fits its column."""
     return name if len(name) < WIDEST else name[: WIDEST - 4] + "..."
 
 
@@ -83,10 +87,12 @@ def comparison(a: Profile, b: Profile, names: Sequence[str], top: int) -> str:
 
 
 def seconds(rows: dict[str, Row], key: str) -> float:
+    """Of a row that may not be there."""
     return rows[key].seconds if key in rows else 0.0
 
 
 def changed(name: str, before: float, after: float) -> str:
+    """A row of a comparison; times in seconds."""
     return f"{name:<{WIDEST}}{1e3 * before:15.2f}{1e3 * after:15.2f}{1e3 * (after - before):+12.2f}"
 
 

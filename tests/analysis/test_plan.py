@@ -132,6 +132,7 @@ def test_training_refuses_what_cannot_fit_and_says_what_would(monkeypatch):
     monkeypatch.setattr(plan, "allocatable", lambda _: need)
     require_fit(program, compiled, said.append)
     assert not said
+    monkeypatch.setattr(plan, "trial", lambda _, __, rows, remat: Trial(rows, remat, 1, Memory(need * rows // 8, 0, 0), ()))
     monkeypatch.setattr(plan, "allocatable", lambda _: need - 1)
     with pytest.raises(UserError, match=r"a step must fit into the .* GiB .* and needs .*; try --micro-batch 4 --no-remat"):
         require_fit(program, compiled, said.append)

@@ -88,7 +88,7 @@ def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
     model = make_model(**kind)
     config, weights = model.program.config.model, weights_of(model, "nvfp4")
     path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, launch=INTERPRETED)
-    engine = Engine(model, BYTES, piece=16, stride=8, slots=64, path=path)
+    engine = Engine(model, BYTES, piece=16, stride=1, slots=64, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
     for name, w in weights.items():

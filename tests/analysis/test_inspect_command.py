@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from nanojax import train as train_module
-from nanojax.analysis.command import main
+from nanojax.analysis.inspect_command import main
 from nanojax.errors import UserError
 
 PRESET = """from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
