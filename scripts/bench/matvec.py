@@ -17,6 +17,7 @@ from nanojax.config import Config, ModelConfig
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    from nanojax.analysis.trace import Kernel
     from nanojax.ops.kernels.matvec import Cut
 
 READ = 2**27  # bytes of different matrices in turn: beyond any cache
@@ -120,16 +121,20 @@ def timed(
 
 def kernel_seconds(run: Callable[[], Any]) -> float:
     """Median time of the kernels named matvec that a call starts, as the profiler has it: the host's share is larger than theirs."""
+    return statistics.median(kernel.end - kernel.start for kernel in traced(run) if kernel.name.startswith("matvec")) / 1e9
+
+
+def traced(run: Callable[[], Any]) -> list[Kernel]:
+    """The kernels that a call starts, in its second turn."""
     import jax
+
+    from nanojax.analysis.trace import read_trace
 
     jax.block_until_ready(run())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             jax.block_until_ready(run())
-        (trace,) = Path(folder).rglob("*.xplane.pb")
-        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(trace)).planes if plane.name.startswith("/device:GPU")]
-    events = [event for plane in planes for line in plane.lines for event in line.events]
-    return statistics.median(event.duration_ns for event in events if event.name.startswith("matvec")) / 1e9
+        return read_trace(Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,102 @@
+"""Norm and rotation of queries or keys in one pass, forward and backward: what XLA makes three kernels of each way.
+
+B batch, T tokens, N heads, H head size. An instance of the kernel takes a few tokens of one head.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from nanojax.ops.kernels.launch import ON_GPU, Launch
+from nanojax.ops.norm import EPS, rms_norm
+from nanojax.ops.rope import rotate
+
+TOKENS, WARPS = 64, 4  # of an instance; not yet measured against others
+Rope = tuple[Float[Array, "T H"], Float[Array, "T H"]]
+"""As `rope_table` makes it, for rows whose tokens are at 0, 1, 2, ..."""
+
+
+def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope) -> Float[Array, "B T N H"]:
+    """`norm_rope` by the functions that it is made of."""
+    return rotate(rms_norm(x_BTNH, gain_H), rope)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def norm_rope(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope, launch: Launch = ON_GPU) -> Float[Array, "B T N H"]:
+    """rotate(rms_norm(x, gain), rope) in the dtype of x, rounded to it between the two as they do. H is a power of two.
+
+    The gradient of the gain is summed in float32; the table gets none.
+    """
+    return _call(_forward, x_BTNH, gain_H, rope, (), launch)[0]
+
+
+def _norm_rope_forward(x_BTNH: Array, gain_H: Array, rope: Rope, launch: Launch):
+    return norm_rope(x_BTNH, gain_H, rope, launch), (x_BTNH, gain_H, rope)
+
+
+def _norm_rope_backward(launch: Launch, kept: tuple[Array, Array, Rope], dy_BTNH: Array):
+    x_BTNH, gain_H, rope = kept
+    dx_BTNH, dgain_PH = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), launch)
+    return dx_BTNH, jnp.sum(dgain_PH, axis=0).astype(gain_H.dtype), jax.tree.map(jnp.zeros_like, rope)
+
+
+norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
+
+
+def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], launch: Launch) -> list[Array]:
+    """Run a kernel over blocks of tokens and heads. It makes an array like x, and the backward one also a part of the gain's gradient."""
+    b, t, n, h = x_BTNH.shape
+    tokens = min(TOKENS, t & -t)  # blocks are powers of two, and none reaches into the next row
+    blocks = b * t // tokens
+    flat = [x.reshape(b * t, n * h) for x in (x_BTNH, *more)]
+    own = pl.BlockSpec((tokens, h), lambda i, head: (i, head))
+    table = pl.BlockSpec((tokens, h), lambda i, head: (i % (t // tokens), 0))
+    results = [(jax.ShapeDtypeStruct(flat[0].shape, x_BTNH.dtype), own)]
+    if more:
+        results.append((jax.ShapeDtypeStruct((blocks, n, h), jnp.float32), pl.BlockSpec((None, None, h), lambda i, head: (i, head, 0))))
+    made = pl.pallas_call(
+        functools.partial(kernel, h // 2),
+        out_shape=[shape for shape, _ in results],
+        grid=(blocks, n),
+        in_specs=[own, pl.BlockSpec((h,), lambda i, head: (0,)), table, table, *([own] * len(more))],
+        out_specs=[spec for _, spec in results],
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        name=f"norm_rope{kernel.__name__}",
+        interpret=launch.interpret,
+    )(flat[0], gain_H.astype(jnp.float32), *rope, *flat[1:])
+    return [made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
+
+
+def _halves(ref, half: int) -> list[Array]:
+    """[tokens, H / 2] each, in float32."""
+    return [ref[..., pl.ds(start, half)].astype(jnp.float32) for start in (0, half)]
+
+
+def _forward(half: int, x_ref, *refs):
+    *inputs, y_ref = refs
+    (x1, x2), (g1, g2), (cos, _), (minus_sin, _) = (_halves(ref, half) for ref in (x_ref, *inputs))
+    over = jax.lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, axis=1, keepdims=True) / (2 * half) + EPS)
+    n1, n2 = ((x * over * g[None]).astype(x_ref.dtype).astype(jnp.float32) for x, g in ((x1, g1), (x2, g2)))
+    y_ref[:, pl.ds(0, half)] = (n1 * cos + n2 * minus_sin).astype(y_ref.dtype)
+    y_ref[:, pl.ds(half, half)] = (n2 * cos - n1 * minus_sin).astype(y_ref.dtype)
+
+
+def _backward(half: int, x_ref, *refs):
+    *inputs, dx_ref, dgain_ref = refs
+    (x1, x2), (g1, g2), (cos, _), (minus_sin, _), (d1, d2) = (_halves(ref, half) for ref in (x_ref, *inputs))
+    over = jax.lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, axis=1, keepdims=True) / (2 * half) + EPS)
+    n1, n2 = x1 * over, x2 * over
+    # Back through the rotation, which is by the opposite angle, and rounded as the gradient of `rotate` is.
+    e1, e2 = (e.astype(x_ref.dtype).astype(jnp.float32) for e in (d1 * cos - d2 * minus_sin, d2 * cos + d1 * minus_sin))
+    dgain_ref[pl.ds(0, half)], dgain_ref[pl.ds(half, half)] = jnp.sum(e1 * n1, axis=0), jnp.sum(e2 * n2, axis=0)
+    e1, e2 = e1 * g1[None], e2 * g2[None]
+    along = jnp.sum(e1 * n1 + e2 * n2, axis=1, keepdims=True) / (2 * half)
+    dx_ref[:, pl.ds(0, half)] = (over * (e1 - n1 * along)).astype(dx_ref.dtype)
+    dx_ref[:, pl.ds(half, half)] = (over * (e2 - n2 * along)).astype(dx_ref.dtype)

@@ -1,0 +1,99 @@
+"""Kernels of training beside what XLA makes of their references.   python scripts/bench/kernels.py configs/d12.py"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from nanojax.cli import FLAT, parse, split_preset
+from nanojax.config import Config
+from nanojax.errors import UserError, run_main
+
+TURNS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What to time."""
+
+    config: Annotated[Config, FLAT] = field(default_factory=Config)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A kernel, what it replaces, and what both are given."""
+
+    name: str
+    kernel: Callable
+    reference: Callable
+    arguments: tuple[Any, ...]
+    bytes: int
+    """That it must read and write, forward and backward."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print milliseconds of each, forward alone and with the backward pass, by the profiler, at the microbatch of a preset."""
+    config, rest = split_preset(argv)
+    bench = parse(Bench, rest, prog="kernels.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
+
+    import jax
+
+    from nanojax.sizes import micro_batch, resolve
+
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise UserError(f"these kernels run on NVIDIA GPUs, and the device is a {device.platform}; run this where one is")
+    base = resolve(bench.config, bench.config.model.vocab_size)
+    print(f"{device.device_kind}\n| kernel | pass | reference, ms | kernel, ms | ratio | GB/s |\n|---|---|---|---|---|---|")
+    for case in cases(base, micro_batch(base, 1)):
+        for name, wrap in (("forward", jax.jit), ("forward and backward", both)):
+            before, after = (milliseconds(wrap(f), case.arguments) for f in (case.reference, case.kernel))
+            rate = "" if wrap is jax.jit else f"{case.bytes / after / 1e6:,.0f}"
+            print(f"| {case.name} | {name} | {before:.3f} | {after:.3f} | {before / after:.2f} | {rate} |", flush=True)
+
+
+def milliseconds(f: Callable, arguments: tuple[Any, ...]) -> float:
+    """That the device is busy with one call."""
+    from matvec import traced
+
+    from nanojax.analysis.trace import own_times
+
+    return sum(own_times(traced(lambda: [f(*arguments) for _ in range(TURNS)]))) / TURNS / 1e6
+
+
+def both(f: Callable) -> Callable:
+    """Value and gradients, with the value as its own cotangent."""
+    import jax
+
+    def run(*arguments: Any) -> Any:
+        y, vjp = jax.vjp(f, *arguments)
+        return y, vjp(y)
+
+    return jax.jit(run)
+
+
+def cases(config: Config, rows: int) -> Iterator[Case]:
+    """At the sizes of a microbatch of one device."""
+    import jax
+    import jax.numpy as jnp
+
+    from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
+    from nanojax.ops.rope import rope_table
+
+    c = config.model
+    rope = rope_table(jnp.arange(c.seq_len), c.head_dim, c.rope_base)
+    x = jax.random.normal(jax.random.key(0), (rows, c.seq_len, c.n_head, c.head_dim), jnp.bfloat16)
+    yield Case(
+        f"norm_rope {list(x.shape)}",
+        lambda x, gain: norm_rope(x, gain, rope),
+        lambda x, gain: norm_rope_reference(x, gain, rope),
+        (x, jnp.ones(c.head_dim)),
+        5 * x.nbytes,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
