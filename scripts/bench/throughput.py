@@ -1,4 +1,4 @@
-"""Training speed beside a PyTorch program on the same GPU.   python scripts/bench/throughput.py configs/d12.py --reference torch_reference.py
+"""Training speed beside a PyTorch program on one GPU.   python scripts/bench/throughput.py configs/d12.py --reference torch_reference.py
 
 The reference is a Python file with GPT(depth, tokens, vocabulary, kv heads, hidden, softcap), Muon(matrices, rate) and a switch
 Linear.int4; it is run. Each side is a process of its own with the GPU to itself for its turn, and both take the same tokens.
@@ -23,8 +23,7 @@ from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config
 from nanojax.errors import NanoJaxError, UserError, run_main
 
-WARM_UP = 3  # steps of each side, dropped
-LOSS_AT = 20  # steps after which a side says its loss
+WARM_UP = 20  # steps of each side, dropped, after which it says its loss
 TORCH = "torch"
 
 
@@ -69,10 +68,9 @@ def main(argv: Sequence[str]) -> None:
                 if turn:
                     times[name].append(seconds / bench.steps_a_round)
         last = {name: asked(side, name, "end") for name, side in sides.items()}
-    print(
-        f"{next(iter(facts.values()))['device']}; {bench.rounds - 1} turns of {bench.steps_a_round} steps count, {WARM_UP} steps and a turn dropped"
-    )
-    print(f"| side | tokens/s | ms a step | turns, ms | of {names[0]} | parameters | FLOPs a token | loss after {LOSS_AT} | peak, GiB |")
+    device = next(iter(facts.values()))["device"]
+    print(f"{device}; {bench.rounds - 1} turns of {bench.steps_a_round} steps count, {WARM_UP} steps and a turn dropped")
+    print(f"| side | tokens/s | ms a step | turns, ms | of {names[0]} | parameters | FLOPs a token | loss after {WARM_UP} | peak, GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     for name, values in times.items():
         took, said = statistics.median(values), facts[name]
@@ -157,7 +155,7 @@ def our_side(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[],
                 state, metrics = program.phase(1).train_step(state, tokens)
         jax.block_until_ready(state)
 
-    run(max(LOSS_AT, WARM_UP))
+    run(WARM_UP)
     facts = dict(
         device=jax.devices()[0].device_kind, tokens=base.batch_tokens, parameters=program.parameters,
         flops=flops_per_token(base.model), loss=float(metrics["loss"]),
@@ -167,14 +165,18 @@ def our_side(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[],
 
 def torch_side(bench: Bench) -> tuple[dict[str, Any], Callable[[], None], Callable[[], int]]:
     """The same of the reference: its step is that of its own main, on the tokens that ours takes."""
-    import torch  # pyright: ignore[reportMissingImports]  # of the reference: not among our dependencies
+    try:
+        import torch  # pyright: ignore[reportMissingImports]  # of the reference: not among our dependencies
+    except ImportError as error:
+        raise UserError("--reference needs PyTorch, which is not installed; pip install torch") from error
 
     from nanojax.sizes import micro_batch, resolve
 
     config = resolve(bench.config, bench.config.model.vocab_size)
     c, rows = config.model, micro_batch(config, 1)
     spec = importlib.util.spec_from_file_location("reference", str(bench.reference))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     theirs: Any = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
     torch.manual_seed(0)
@@ -203,7 +205,7 @@ def torch_side(bench: Bench) -> tuple[dict[str, Any], Callable[[], None], Callab
                 model.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
 
-    run(max(LOSS_AT, WARM_UP))
+    run(WARM_UP)
     facts = dict(
         device=torch.cuda.get_device_name(), tokens=config.batch_tokens, parameters=sum(p.numel() for p in model.parameters()),
         flops=model.flops_per_token(), loss=float(loss),
