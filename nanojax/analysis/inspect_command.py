@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nanojax.analysis.profile import Profile
     from nanojax.analysis.record import About
 
-PICTURE = "step.png"
+PICTURE, PICTURES = "step.png", (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class InspectTraces:
         check_types(self)
         if self.top < 1 or (self.steps is not None and self.steps < 1):
             raise UserError(f"--top and --steps are at least 1, given {self.top} and {self.steps}; leave them out for the defaults")
+        if self.picture is not None and Path(self.picture).suffix not in PICTURES:
+            raise UserError(f"--picture is a file that ends in {', '.join(PICTURES)}, given {self.picture!r}; try step.png")
 
 
 @dataclass(frozen=True, kw_only=True)

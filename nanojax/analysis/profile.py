@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from nanojax.analysis.hlo import Op
 from nanojax.analysis.trace import COMMUNICATION, COPY, Kernel, main_module, own_times
+from nanojax.errors import UserError
 
 PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = "matrix products", "attention", "elementwise", "optimizer"
 QUANTISATION, COMMUNICATING, COPIES, OTHER, UNKNOWN, IDLE = (
@@ -77,7 +78,12 @@ def make_profile(kernels: Sequence[Kernel], ops: Sequence[Op], steps: int | None
     within = [kernel for kernel in kernels if kernel.module == module]
     begin, end = within[0].start, max(kernel.end for kernel in within)
     kernels = [kernel for kernel in kernels if kernel.start >= begin and kernel.end <= end]
-    steps = steps or min(Counter(kernel.op or kernel.name for kernel in within).values())
+    counts = Counter(kernel.op or kernel.name for kernel in within).values()
+    if steps is not None and steps > max(counts):
+        raise UserError(
+            f"a trace of {steps} steps runs some kernel in each, and here none ran more than {max(counts)} times; leave out --steps"
+        )
+    steps = steps or min(counts)
     own, hidden = own_times(kernels), 0.0
     known, parted = {op.name: op for op in ops}, {name: len(names) for name, names in _kernels_of(within).items()}
     rows: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0] * 4)

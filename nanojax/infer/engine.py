@@ -27,7 +27,6 @@ from nanojax.mesh import replicated
 from nanojax.model import GPT
 from nanojax.ops.attention import PROMPT_ORDER, AttentionFn, make_attention, resolve
 from nanojax.ops.cache import Cache, empty_cache, grow
-from nanojax.ops.kernels.launch import Launch
 from nanojax.program import COMPILER_OPTIONS, DTYPES, attention_told
 from nanojax.tokenizer import Tokenizer
 
@@ -246,12 +245,11 @@ class Engine:
 
 def best_path(model: Model) -> Path:
     """The kernels of infer/fused.py where they serve, else the model's own products."""
-    config, request = model.program.config.model, model.program.request
-    if reason := fused.refusal(request):
+    config = model.program.config.model
+    if reason := fused.refusal(model.program.request):
         return plain_path(model.program.graph, model.weights, f"{model.precision}, by XLA's products: {reason}")
     with jax.set_mesh(model.program.mesh):
-        words = f"{model.precision}, by fused kernels up to {fused.MOST_ROWS} rows"
-        return fused.path(model.weights, config, words=words, launch=Launch(early=float(request.capability or 0) >= 9))
+        return fused.path(model.weights, config, words=f"{model.precision}, by fused kernels up to {fused.MOST_ROWS} rows")
 
 
 def power_of_two(n: int) -> int:

@@ -35,6 +35,8 @@ class Bench:
     """Times that each is run, after a first that is dropped; the median counts."""
     plain: bool = False
     """Without the kernels of infer/fused.py."""
+    early: bool = False
+    """Launch each of them while the one before it runs (ops/kernels/launch.py): compute capability 9.0 and later."""
     hlo: bool = False
     """Say what the kernels in the compiled loop read."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
@@ -68,21 +70,24 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     import jax
     import numpy as np
 
+    from nanojax.infer import fused
     from nanojax.infer.decode import plain_path
     from nanojax.infer.engine import Engine
-    from nanojax.infer.fused import refusal
     from nanojax.infer.params import SamplingParams
+    from nanojax.ops.kernels.launch import Launch
     from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
     c = bench.config.model
     first_special = c.vocab_size - len(SPECIAL_TOKENS)  # the whole vocabulary is in use
     specials = {name: first_special + i for i, name in enumerate(SPECIAL_TOKENS)}
     model = random_model(bench.config, format)
-    reason = "it was switched off" if bench.plain else refusal(model.program.request)
-    if format != "bf16" and reason:
-        raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16")
+    reason = "it was switched off" if bench.plain else fused.refusal(model.program.request)
+    if (format != "bf16" or bench.early) and reason:
+        raise UserError(f"packed weights and --early are for the kernels of infer/fused.py, and {reason}; choose --formats bf16 alone")
     sizes = {name: w.nbytes for name, w in model.weights.items()}
     path = plain_path(model.program.graph, model.weights, "XLA's products") if bench.plain else None
+    if bench.early:
+        path = fused.path(model.weights, c, words=f"{format}, kernels launched early", launch=Launch(early=True))
     engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials), path=path)
     del model, path  # so that only the engine holds weights
     params = SamplingParams(temperature=0, tokens=bench.tokens)

@@ -124,3 +124,10 @@ def test_a_call_that_names_no_trace_is_refused(tmp_path):
         main([str(tmp_path)])
     with pytest.raises(UserError, match="--top and --steps are at least 1"):
         main([str(tmp_path), "--top", "0"])
+    with pytest.raises(UserError, match=r"--picture is a file that ends in \.png, \.svg, \.pdf, given 'a\.txt'"):
+        main([str(tmp_path), "--picture", "a.txt"])
+
+
+def test_more_steps_than_any_kernel_ran_are_refused(traced):
+    with pytest.raises(UserError, match="a trace of 100000 steps runs some kernel in each"):
+        main([str(traced), "--steps", "100000"])
