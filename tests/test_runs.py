@@ -65,8 +65,8 @@ def test_a_run_goes_on_in_another_precision_when_it_is_allowed_to_and_back(prese
 
 def test_a_config_is_rewritten_when_a_checkpoint_bears_it_out(presets, start, tmp_path):
     out = tmp_path / "run"
-    start(presets["modern"], *FOUR_BIT, "--stop-after", "3", out=out, expect=Interrupted)
-    flags = ("--precision", "mxfp4", "--allow", "precision", "--resume")
+    start(presets["modern"], *FOUR_BIT, "--steps", "12", "--stop-after", "3", out=out, expect=Interrupted)
+    flags = ("--precision", "mxfp4", "--steps", "12", "--allow", "precision", "--resume")
     with pytest.raises(RuntimeError, match="killed"):
         start(presets["modern"], *flags, out=out, at=(5, fail))
     assert RunFolder(out).read()[0].train.precision == "nvfp4"

@@ -81,7 +81,7 @@ def make_profile(kernels: Sequence[Kernel], ops: Sequence[Op], steps: int | None
     counts = Counter(kernel.op or kernel.name for kernel in within).values()
     if steps is not None and steps > max(counts):
         raise UserError(
-            f"a trace of {steps} steps runs some kernel in each, and here none ran more than {max(counts)} times; leave out --steps"
+            f"a trace of {steps} steps runs a kernel in each, and here none ran more than {max(counts)} times; leave out --steps"
         )
     steps = steps or min(counts)
     own, hidden = own_times(kernels), 0.0

@@ -129,5 +129,5 @@ def test_a_call_that_names_no_trace_is_refused(tmp_path):
 
 
 def test_more_steps_than_any_kernel_ran_are_refused(traced):
-    with pytest.raises(UserError, match="a trace of 100000 steps runs some kernel in each"):
+    with pytest.raises(UserError, match="a trace of 100000 steps runs a kernel in each"):
         main([str(traced), "--steps", "100000"])
