@@ -80,8 +80,8 @@ def prepared(name: str, request: Request) -> Callable[[], dict[str, Worst]]:
     """Compile a backend and the reference for each window of a request. The function made runs them and says where each result is worst:
     `dq, window 17`.
 
-    Compile in threads, where there are many, but run in one: programs that several threads started gave wrong numbers on a GPU, those of
-    the reference among them. Raises whatever the backend raises.
+    Compile in threads, where there are many, but run in one: cells that several threads ran at once have failed on a GPU, those of the
+    reference among them (scripts/bench/LOG.md). Raises whatever the backend raises.
     """
     inputs = draw(request)
     *floats, segments = inputs
