@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from nanojax.analysis.hlo import Op, read_program
+from nanojax.analysis.hlo import Op, loops_without_a_count, read_program
 from nanojax.program import Program
 from nanojax.sizes import flops_per_token
 from nanojax.telemetry import gib
@@ -35,7 +34,8 @@ class Memory:
 
 def facts(program: Program, compiled: Any) -> dict[str, str]:
     """Lines about a program's compiled step, on one of its devices."""
-    ops, memory, costs = read_program(compiled.as_text() or ""), Memory.of(compiled), compiled.cost_analysis() or {}
+    text, memory, costs = compiled.as_text() or "", Memory.of(compiled), compiled.cost_analysis() or {}
+    ops, uncounted = read_program(text), loops_without_a_count(text)
     config, devices = program.config, program.mesh.size
     flops = sum(op.flops * op.times for op in ops)
     formula = flops_per_token(config.model) * config.batch_tokens / devices
@@ -51,19 +51,19 @@ def facts(program: Program, compiled: Any) -> dict[str, str]:
         + (f", {costs['bytes accessed']:.4g} by XLA (a loop's body once)" if costs.get("bytes accessed") else ""),
         "memory": f"{gib(memory.peak)} at the peak: state and batch {gib(memory.state)}, temporaries {gib(memory.temporary)}, "
         f"results {gib(memory.results)}",
-        "kernels": f"{sum(op.times for op in ops):,.0f} operations, {len(ops):,} of them different",
-        "custom calls": counted(Counter({op.target: 0 for op in ops}), ops, "target"),
+        "kernels": f"{sum(op.times for op in ops):,.0f} operations, {len(ops):,} of them different"
+        + (f"; {uncounted} loops of unknown length are counted as one turn" if uncounted else ""),
+        "custom calls": custom_calls(ops),
         "collectives": collectives(ops),
         "recomputed": f"{len(recomputed):,} operations, {share:.1%} of the FLOPs" if recomputed else "nothing",
     }
 
 
-def counted(counts: Counter[str], ops: list[Op], field: str) -> str:
-    """'NAME x executions a step' of what has a name, most first."""
-    for op in ops:
-        counts[getattr(op, field)] += round(op.times)
-    del counts[""]
-    return ", ".join(f"{name} x {count:,}" for name, count in counts.most_common()) or "none"
+def custom_calls(ops: list[Op]) -> str:
+    """Targets with executions a step."""
+    targets = dict.fromkeys(op.target for op in ops if op.target)
+    counts = {target: sum(op.times for op in ops if op.target == target) for target in targets}
+    return ", ".join(f"{target} x {count:,.0f}" for target, count in counts.items()) or "none"
 
 
 def collectives(ops: list[Op]) -> str:

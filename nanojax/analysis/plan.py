@@ -9,12 +9,13 @@ from typing import Any
 
 from nanojax.analysis.compiled import Memory
 from nanojax.analysis.hlo import Op, read_program
+from nanojax.analysis.profile import ATTENTION, group_of
 from nanojax.config import Config
 from nanojax.errors import UserError
 from nanojax.program import Program, make_program
 from nanojax.telemetry import gib
 
-LARGEST_MICRO_BATCH = 2**17  # tokens; d20 on an H200 gains 2 % from 2**15 to 2**16 (scripts/bench/LOG.md), and less beyond
+LARGEST_MICRO_BATCH = 2**17  # tokens; d20 on an H200 gained 2 % from 2**15 to 2**16 (scripts/bench/LOG.md), larger ones are not measured
 # What an H200 reached of its dense bf16 rate and of its memory's bandwidth in a step at d12, by the profile in scripts/bench/LOG.md.
 PRODUCTS_REACHED, ATTENTION_REACHED, BANDWIDTH_REACHED = 0.70, 0.38, 0.55
 
@@ -106,7 +107,7 @@ def expected_seconds(ops: tuple[Op, ...], peak_flops: float, bandwidth: float) -
     total = 0.0
     for op in ops:
         if op.flops:
-            reached = ATTENTION_REACHED if "attend" in op.scope.split("/") else PRODUCTS_REACHED
+            reached = ATTENTION_REACHED if group_of(op) == ATTENTION else PRODUCTS_REACHED
             total += op.times * op.flops / (peak_flops * reached)
         else:
             total += op.times * op.bytes / (bandwidth * BANDWIDTH_REACHED)

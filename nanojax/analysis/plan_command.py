@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
             f"one row at a time, with rematerialisation, does not fit into {gib(limit)} a device; "
             "try more devices with --devices and --mesh fsdp=N, a smaller --seq-len, or a smaller --depth"
         )
-    print(f"\ntake {found.words}: {found.accumulation} microbatches make the {resolved.batch_tokens:,} tokens of a step")
+    print(f"\ntake {found.words}: {resolved.batch_tokens:,} tokens a step, in microbatches: {found.accumulation}")
     print(cost(resolved, found, command, devices))
 
 
@@ -125,7 +125,7 @@ def cost(config: Config, found: Trial, command: PlanCommand, devices: list[Any])
     from nanojax.analysis.targets import GPUS
     from nanojax.telemetry import duration, peak_flops
 
-    gpu = next((gpu for gpu in GPUS.values() if gpu.name.split()[1] in devices[0].device_kind), None)
+    gpu = next((gpu for name, gpu in GPUS.items() if name.upper() in devices[0].device_kind), None)
     peak = peak_flops(devices[:1], None)
     if gpu is None or peak is None:
         return f"how long a step takes on a {devices[0].device_kind} is not known"

@@ -13,7 +13,7 @@ from nanojax.errors import UserError
 
 PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER = "matrix products", "attention", "elementwise", "optimizer"
 QUANTISATION, COMMUNICATING, COPIES, OTHER, UNKNOWN, IDLE = (
-    "quantisation", "communication", "copies to and from the host", "other programs", "unattributed", "idle",
+    "quantisation and casts", "communication", "copies to and from the host", "other programs", "unattributed", "idle",
 )  # fmt: skip
 GROUPS: tuple[str, ...] = (PRODUCTS, ATTENTION, ELEMENTWISE, OPTIMIZER, QUANTISATION, COMMUNICATING, COPIES, OTHER, UNKNOWN, IDLE)
 # The named scopes of the model and the step (model.py, step.py), outermost first.

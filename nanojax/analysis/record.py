@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
-import math
 from pathlib import Path
 from typing import Any
 
+from nanojax.checks import check_types, require_positive
 from nanojax.errors import UserError
 
 PROGRAM, ABOUT = "step.hlo.gz", "about.json"
@@ -35,16 +35,10 @@ class About:
     """FLOP/s of all devices together, in dense bf16."""
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "device":
-                right = isinstance(value, str)
-            elif "None" in str(field.type) and value is None:
-                right = True
-            else:
-                right = isinstance(value, int if field.type == "int" else int | float) and math.isfinite(value) and value > 0
-            if not right or isinstance(value, bool):
-                raise UserError(f"{ABOUT} must have a {field.name} of type {field.type}, given {value!r}; profile again")
+        check_types(self)
+        for name, value in vars(self).items():
+            if isinstance(value, int | float):
+                require_positive(name, value)
 
 
 def about_step(compiled: Any, **known: Any) -> About:
@@ -75,4 +69,7 @@ def read_record(folder: Path) -> tuple[About, str] | None:
         raise UserError(f"{folder} has a record of its program that cannot be read ({error}); profile again") from error
     if len(program) > LONGEST_PROGRAM:
         raise UserError(f"{folder / PROGRAM} holds more than {LONGEST_PROGRAM:,} characters, which no step has; profile again")
-    return About(**fields), program
+    try:
+        return About(**fields), program
+    except UserError as error:
+        raise UserError(f"{folder / ABOUT} must hold what a run writes, and {str(error).split(';')[0]}; profile again") from error

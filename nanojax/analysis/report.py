@@ -21,7 +21,7 @@ def report(profile: Profile, about: About | None, top: int) -> str:
         "\n".join([heading("kernel"), *(line(shortened(row.name), row, profile) for row in kernels[:top])]),
         counts(profile, about),
     ]
-    if not parts:
+    if about is None:
         sections.append("The trace says nothing of the program: kernels are grouped by their names, and FLOPs and bytes are not known.")
     return "\n\n".join(filter(None, sections))
 

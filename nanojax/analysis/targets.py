@@ -12,7 +12,7 @@ ALLOCATED = 0.75  # of a GPU's memory is what jax takes unless XLA_CLIENT_MEM_FR
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What its maker says of one."""
+    """What its maker says of one of compute capability 9.0."""
 
     name: str
     multiprocessors: int
@@ -20,15 +20,11 @@ class Gpu:
     """Bytes, as the driver reports them."""
     bandwidth: int
     """Of memory, bytes a second."""
-    clock: float
-    """GHz."""
-    capability: int = 9
-    """Compute capability, of which these have .0; what belongs to it is below."""
 
 
 GPUS = {
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 85_028_896_768, 3_352_000_000_000, 1.98),
-    "h200": Gpu("NVIDIA H200 141GB HBM3e", 132, 151_397_597_184, 4_800_000_000_000, 1.98),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 85_028_896_768, 3_352_000_000_000),
+    "h200": Gpu("NVIDIA H200 141GB HBM3e", 132, 151_397_597_184, 4_800_000_000_000),
 }
 
 
@@ -38,14 +34,14 @@ def describe(gpu: Gpu) -> str:
         "threads_per_block_limit": 1024, "threads_per_warp": 32, "shared_memory_per_block": 49152, "shared_memory_per_core": 233472,
         "threads_per_core_limit": 2048, "core_count": gpu.multiprocessors, "fpus_per_core": 128, "block_dim_limit_x": 2147483647,
         "block_dim_limit_y": 65535, "block_dim_limit_z": 65535, "memory_bandwidth": gpu.bandwidth, "l2_cache_size": 50 * 2**20,
-        "clock_rate_ghz": gpu.clock, "device_memory_size": gpu.memory, "shared_memory_per_block_optin": 232448,
+        "clock_rate_ghz": 1.98, "device_memory_size": gpu.memory, "shared_memory_per_block_optin": 232448,
         "registers_per_core_limit": 65536, "registers_per_block_limit": 65536, "thread_dim_limit_x": 1024, "thread_dim_limit_y": 1024,
-        "thread_dim_limit_z": 64, "device_vendor": '"NVIDIA Corporation"', "platform_version": f'"Compute Capability {gpu.capability}.0a"',
+        "thread_dim_limit_z": 64, "device_vendor": '"NVIDIA Corporation"', "platform_version": '"Compute Capability 9.0a"',
         "device_address_bits": 64, "ecc_enabled": "true", "name": f'"{gpu.name}"', "driver_version": '"13.0.0"',
         "runtime_version": '"13.0.0"', "compile_time_toolkit_version": '"13.0.0"', "dnn_version": '"9.10.0"',
     }  # fmt: skip
     lines = [f"  {key}: {value}" for key, value in device.items()]
-    lines.append(f"  cuda_compute_capability {{ major: {gpu.capability} }}")
+    lines.append("  cuda_compute_capability { major: 9 }")
     body = "\n".join(lines)
     return (
         f'gpu_device_info {{\n{body}\n}}\nplatform_name: "CUDA"\ndnn_version_info {{ major: 9 minor: 10 }}\n'

@@ -32,6 +32,7 @@ class Kernel:
 
     @property
     def kind(self) -> int:
+        """COMPUTE, COPY or COMMUNICATION."""
         if "nccl" in self.name.lower():
             return COMMUNICATION
         return COPY if re.match(r"Memcpy(H2D|D2H|P2P)", self.name) else COMPUTE

@@ -32,7 +32,7 @@ class Bench:
     """What to time."""
 
     reference: str | None = None
-    """The PyTorch program. None: only our own precisions, beside the first of them."""
+    """The PyTorch program."""
     precisions: tuple[str, ...] = ("bf16",)
     """Of --precision."""
     rounds: int = 4
@@ -57,7 +57,9 @@ def main(argv: Sequence[str]) -> None:
     if bench.side is not None:
         serve(*(torch_side(bench) if bench.side == TORCH else our_side(bench, bench.side)))
         return
-    names = [*([TORCH] if bench.reference else []), *bench.precisions]
+    if bench.reference is None:
+        raise UserError("this compares with a PyTorch program; name it by --reference, or compare our own by precisions.py")
+    names = [TORCH, *bench.precisions]
     with contextlib.ExitStack() as stack:
         sides = {name: stack.enter_context(child(argv, name)) for name in names}
         facts = {name: heard(side, name) for name, side in sides.items()}

@@ -112,7 +112,7 @@ def test_sizes_that_are_none_are_refused(traced, tmp_path):
     about = json.loads((traced / "profile" / "about.json").read_text())
     for field, value in (("steps", 0), ("steps", 2.5), ("flops", "many"), ("device", 3), ("tokens", True)):
         content = json.dumps(about | {field: value}).encode()
-        with pytest.raises(UserError, match=rf"about.json must have a {field}"):
+        with pytest.raises(UserError, match=rf"about.json must hold what a run writes, and {field}="):
             main([str(damaged(traced, tmp_path, "about.json", content))])
         shutil.rmtree(tmp_path / "damaged")
 

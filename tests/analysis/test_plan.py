@@ -36,14 +36,26 @@ def steps(plain, remat):
     return run, compiled
 
 
+def taken_of(found: Trial | None) -> tuple | None:
+    """(rows, rematerialised, peak) of what a search found."""
+    return found and (found.micro_batch, found.remat, found.memory.peak)
+
+
 @pytest.mark.parametrize(
     ("limit", "taken"),
-    [(10_000, (32, False)), (1700, (16, False)), (299, (1, False)), (199, (4, True)), (110, (1, True)), (104, None)],
+    [
+        (10_000, (32, False, 3300)),
+        (1700, (16, False, 1700)),
+        (299, (1, False, 200)),
+        (199, (4, True, 140)),
+        (110, (1, True, 110)),
+        (104, None),
+    ],
 )
 def test_the_largest_microbatch_without_rematerialisation_is_taken_else_with_it(limit, taken):
     run, _ = steps(lambda rows: 100 + 100 * rows, lambda rows: 100 + 10 * rows if rows < 8 else 1000)
     found = search(run, SIZES, limit, lambda _: None)
-    assert (found and (found.micro_batch, found.remat)) == taken
+    assert taken_of(found) == taken
 
 
 def test_few_steps_are_compiled_and_each_is_said_once():
@@ -57,16 +69,14 @@ def test_few_steps_are_compiled_and_each_is_said_once():
 def test_memory_that_grows_faster_than_two_rows_foretell_is_found_out():
     run, compiled = steps(lambda rows: 100 + 10 * rows + (200 if rows > 8 else 0), lambda rows: 1)
     found = search(run, SIZES, 300, lambda _: None)
-    assert found is not None
-    assert (found.micro_batch, found.memory.peak) == (8, 180)
+    assert taken_of(found) == (8, False, 180)
     assert (16, False) in compiled
 
 
 def test_one_row_that_needs_more_than_two_ends_no_search():
     run, _ = steps(lambda rows: 10_000, lambda rows: 900 if rows == 1 else 500 + rows)
     found = search(run, SIZES, 510, lambda _: None)
-    assert found is not None
-    assert (found.micro_batch, found.remat) == (8, True)
+    assert taken_of(found) == (8, True, 508)
 
 
 def test_microbatches_divide_the_rows_of_a_device():
@@ -110,7 +120,7 @@ def test_a_plan_says_what_it_compiled_and_where(preset, capsys):
     said = capsys.readouterr().out
     assert "compiled on this machine's cpu for 1 x cpu" in said
     assert "| 8 | no | 1 |" in said
-    assert "take --micro-batch 8 --no-remat" in said
+    assert "take --micro-batch 8 --no-remat: 256 tokens a step, in microbatches: 1" in said
 
 
 def test_what_cannot_fit_is_refused_with_a_remedy(preset):

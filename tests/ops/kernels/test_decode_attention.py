@@ -9,7 +9,7 @@ import pytest
 
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, best_parts, decode_attention, decode_attention_reference
-from nanojax.ops.kernels.launch import INTERPRETED, Launch
+from nanojax.ops.kernels.launch import INTERPRETED, ON_GPU, Launch
 from nanojax.ops.kernels.matvec import Feed
 from nanojax.ops.rope import rope_table
 
@@ -67,12 +67,13 @@ def test_heads_share_their_slots_among_more_instances_while_the_gpu_has_room():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "parts"), [(4, 4, 128, 1), (6, 2, 64, 4), (8, 1, 128, 2)])
-def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case):
+@pytest.mark.parametrize("launch", [ON_GPU, Launch(early=True)], ids=["", "early"])
+def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case, launch):
     new, cache, gains, window = make(heads, kv_heads, size, case, jnp.bfloat16)
 
     def run(f, **kw):
         return jax.jit(lambda *args: f(*args, window=window, feed=Feed(16), **kw))(new, cache, gains)
 
-    for a, b in zip(run(decode_attention, parts=parts, launch=Launch(early=True)), run(decode_attention_reference), strict=True):
+    for a, b in zip(run(decode_attention, parts=parts, launch=launch), run(decode_attention_reference), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2)  # bf16 of values of order 1
