@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,16 +101,15 @@ def check_attention(device: jax.Device, say: Callable[[str], None]) -> Iterator[
 
     dtype = jnp.bfloat16 if device.platform == "gpu" else jnp.float32
     say(f"{'attention':>12}  {dtype.__name__}, output and gradients; tolerated: {TOLERANCES[dtype.__name__]:g} of the largest value")
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compiling takes most of the time
-        for name in (name for name in REFUSALS if name != "reference"):
-            reasons = {REFUSALS[name](case) for cases in groups(device, dtype).values() for case in cases}
-            if len(reasons) == 1 and (reason := reasons.pop()):
-                say(f"{name:>12}  not run: {reason}")
-                continue
-            for group, cases in groups(device, dtype).items():
-                found = examine(name, cases, pool)
-                say(f"{name:>12}  {group}: {found}")
-                yield f"{name}, {group}", found
+    for name in (name for name in REFUSALS if name != "reference"):
+        reasons = {REFUSALS[name](case) for cases in groups(device, dtype).values() for case in cases}
+        if len(reasons) == 1 and (reason := reasons.pop()):
+            say(f"{name:>12}  not run: {reason}")
+            continue
+        for group, cases in groups(device, dtype).items():
+            found = examine(name, cases)
+            say(f"{name:>12}  {group}: {found}")
+            yield f"{name}, {group}", found
 
 
 def groups(device: jax.Device, dtype) -> dict[str, list[Request]]:
@@ -131,18 +128,18 @@ def groups(device: jax.Device, dtype) -> dict[str, list[Request]]:
     return found
 
 
-def examine(name: str, cases: Sequence[Request], pool: ThreadPoolExecutor) -> Finding:
+def examine(name: str, cases: Sequence[Request]) -> Finding:
     """Run the cases that the backend does not refuse."""
     from nanojax.ops.attention import REFUSALS
-    from nanojax.ops.attention_check import prepared, share
+    from nanojax.ops.attention_check import prepared_all, share
 
     started = time.perf_counter()
     reasons = [REFUSALS[name](case) for case in cases]
     served = [case for case, reason in zip(cases, reasons, strict=True) if reason is None]
     shares, errors = [0.0], []
-    for future in [pool.submit(prepared, name, case) for case in served]:
+    for measure in prepared_all([(name, case) for case in served]):
         try:
-            shares.append(share(future.result()()))
+            shares.append(share(measure()))
         except Exception as error:  # whatever a kernel raises is the finding
             errors.append(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.200}")
     refusals = tuple(dict.fromkeys(filter(None, reasons)))

@@ -11,7 +11,7 @@ from nanojax.infer.load import Model
 from nanojax.mesh import replicated
 from nanojax.model import merge
 from nanojax.ops.fp4 import QuantizedArray
-from nanojax.ops.packed import CODES, PackedMatrix, by_place, span
+from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.program import make_program
 from nanojax.sizes import resolve
 from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
@@ -47,5 +47,5 @@ def packed(q: QuantizedArray) -> PackedMatrix:
     words_OW = (codes_OWC << (4 * np.arange(CODES, dtype=np.uint32))).sum(-1, dtype=np.uint32).view(np.int32)
     scales_OG = np.ascontiguousarray(np.asarray(q.scales).T)
     scales_OG = scales_OG if q.format == "int4" else scales_OG.view(np.uint8)
-    words_OW = by_place(words_OW, span(len(q.codes), scales_OG.shape[1]))
+    words_OW = for_kernels(words_OW, span(len(q.codes), scales_OG.shape[1]), q.format)
     return PackedMatrix(jnp.asarray(words_OW), jnp.asarray(scales_OG), q.global_scale, q.format)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +52,7 @@ def test_a_backend_that_is_wrong_or_fails_is_named_and_exits_1(quick, monkeypatc
 
 
 def test_what_is_refused_is_not_run_and_says_why():
-    with ThreadPoolExecutor(1) as pool:
-        found = doctor.examine("te", doctor.groups(jax.devices()[0], jnp.float32)["MHA, one document"], pool)
+    found = doctor.examine("te", doctor.groups(jax.devices()[0], jnp.float32)["MHA, one document"])
     assert (found.served, found.good) == (0, True)
     assert str(found) == "not run: te runs on NVIDIA GPUs, and the device is a cpu"
 

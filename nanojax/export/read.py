@@ -19,7 +19,7 @@ from nanojax.export import layout
 from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export, printable
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
-from nanojax.ops.packed import CODES, PackedMatrix, by_place, span
+from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.precision import Rounding, siblings
 
 DTYPES = {
@@ -149,7 +149,7 @@ def packed_matrix(parts: Parts, format: str) -> PackedMatrix:
     scales = scales if format == "int4" else scales.view(np.uint8)
     global_scale = parts["weight_global_scale"][0] if "weight_global_scale" in parts else None
     words = codes_of(parts).view("<i4")
-    return PackedMatrix(by_place(words, span(CODES * words.shape[1], scales.shape[1])), scales, global_scale, format)
+    return PackedMatrix(for_kernels(words, span(CODES * words.shape[1], scales.shape[1]), format), scales, global_scale, format)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

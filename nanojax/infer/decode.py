@@ -32,9 +32,11 @@ class State:
     caches: tuple[Cache, ...]
     """One a layer."""
     logits_BV: Array
-    """Of each row's next token."""
+    """Of each row's next token, when its prompt is read."""
     length_B: Array
     """Tokens of each row that its caches hold, or will when its prompt is read."""
+    token_B: Array
+    """The last that each row has added, not in its caches; NO_TOKEN where a row was done before."""
     made_B: Array
     """Tokens that each row has added."""
     done_B: Array
@@ -85,24 +87,32 @@ def read(gpt: GPT, state: State, tokens_BT: Int[Array, "B T"], start: Int[Array,
     return dataclasses.replace(state, caches=caches, logits_BV=logits_BV)
 
 
+def choose(state: State, asked: Asked, drawn: str) -> State:
+    """The state with one more token of each row, by its logits. `drawn` says what the rows need: `likeliest` where all have temperature 0,
+    `free` where none leaves tokens out, `filtered`."""
+    if drawn == "likeliest":
+        token_B = likeliest(state.logits_BV)
+    else:
+        token_B = draw(state.logits_BV, asked.controls, state.made_B, filters=drawn == "filtered")
+    made_B = state.made_B + ~state.done_B
+    done_B = state.done_B | asked.stop_V[token_B] | (made_B >= asked.budget_B)
+    return dataclasses.replace(state, token_B=jnp.where(state.done_B, NO_TOKEN, token_B), made_B=made_B, done_B=done_B)
+
+
 def add(
     one_token: Callable, weights: Any, state: State, asked: Asked, *, count: int, drawn: str, early: bool
 ) -> tuple[State, Int[Array, "B N"]]:
-    """(state, tokens) after `count` more tokens; NO_TOKEN where a row was done.
+    """(state, tokens) after `count` more tokens; NO_TOKEN where a row was done. `drawn` as of `choose`.
 
-    `early`: stop when all rows are done. On a GPU the host would have to look after every token, which costs more than it saves. `drawn`
-    says what the rows need: `likeliest` where all have temperature 0, `free` where none leaves tokens out, `filtered`.
+    `early`: stop when all rows are done. On a GPU the host would have to look after every token, which costs more than it saves.
     """
 
     def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
         n, state, tokens_BN = carry
-        token_B = next_token(state, asked, drawn)
-        tokens_BN = tokens_BN.at[:, n].set(jnp.where(state.done_B, NO_TOKEN, token_B))
-        made_B = state.made_B + ~state.done_B
-        done_B = state.done_B | asked.stop_V[token_B] | (made_B >= asked.budget_B)
-        logits_BV, caches = one_token(weights, token_B, state.length_B, ~done_B, state.caches)
-        logits_BV = logits_BV[:, : state.logits_BV.shape[1]]
-        return n + 1, State(caches, logits_BV, state.length_B + ~done_B, made_B, done_B), tokens_BN
+        logits_BV, caches = one_token(weights, state.token_B, state.length_B, ~state.done_B, state.caches)
+        logits_BV, length_B = logits_BV[:, : state.logits_BV.shape[1]], state.length_B + ~state.done_B
+        state = choose(dataclasses.replace(state, caches=caches, logits_BV=logits_BV, length_B=length_B), asked, drawn)
+        return n + 1, state, jax.lax.dynamic_update_slice(tokens_BN, state.token_B[:, None], (0, n))
 
     def more(carry: tuple[Array, State, Array]) -> Array:
         n, state, _ = carry
@@ -110,13 +120,6 @@ def add(
 
     none_BN = jnp.full((len(asked.budget_B), count), NO_TOKEN, jnp.int32)
     return jax.lax.while_loop(more, body, (jnp.zeros((), jnp.int32), state, none_BN))[1:]
-
-
-def next_token(state: State, asked: Asked, drawn: str) -> Int[Array, " B"]:
-    """Of each row; `drawn` as of `add`."""
-    if drawn == "likeliest":
-        return likeliest(state.logits_BV)
-    return draw(state.logits_BV, asked.controls, state.made_B, filters=drawn == "filtered")
 
 
 def forward(

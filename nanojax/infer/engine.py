@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from nanojax.errors import UserError
 from nanojax.infer import fused
-from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, model_of, plain_path, read
+from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, choose, model_of, plain_path, read
 from nanojax.infer.load import Model
 from nanojax.infer.params import SamplingParams
 from nanojax.infer.sampling import Controls
@@ -75,6 +75,7 @@ class Engine:
         self._grow = jit(self._grown, static_argnums=1)
         self._begin = jit(self._begun, static_argnums=(4, 5))
         self._read = jit(lambda weights, *rest: read(self._gpt(weights), *rest), donate_argnums=1)
+        self._first = jit(choose, donate_argnums=0, static_argnums=2)
         self._add = jit(
             functools.partial(add, self.path.one_token, early=program.platform == "cpu"),
             donate_argnums=1,
@@ -159,13 +160,11 @@ class Engine:
         state = self._prefill(prompts, budgets, idle)
         drawn = "filtered" if any(row.filters for row in rows) else "free" if any(row.temperature for row in rows) else "likeliest"
 
+        with jax.set_mesh(self.mesh):
+            state = self._first(state, asked, drawn)
+        tokens_BN = np.asarray(state.token_B)[:, None]
         made, finishes = [0] * len(rows), [""] * len(rows)
-        while not all(finishes):
-            count = self.stride if any(made) else 1  # the first at once
-            ahead = (length + min(n + count, most) for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
-            state = self._with_slots(state, max(ahead, default=0))
-            with jax.set_mesh(self.mesh):
-                state, tokens_BN = self._add(self.path.weights, state, asked, count=count, drawn=drawn)
+        while True:
             pieces = []
             for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
                 new = [token for token in tokens_N if token != NO_TOKEN]
@@ -175,6 +174,13 @@ class Engine:
                     finishes[row] = "stop" if stopped else "tokens" if made[row] == rows[row].tokens else "context"
                 pieces.append(Piece(new[: len(new) - stopped], finishes[row] or None))
             yield pieces
+            if all(finishes):
+                return
+            # The last token of each is not in its caches yet.
+            read = (length + min(n + self.stride, most) - 1 for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
+            state = self._with_slots(state, max(read, default=0))
+            with jax.set_mesh(self.mesh):
+                state, tokens_BN = self._add(self.path.weights, state, asked, count=self.stride, drawn=drawn)
 
     def _asked(self, rows: list[SamplingParams], budgets: list[int], idle: int, stops: set[int]) -> Asked:
         controls = Controls.of(rows + [SamplingParams(temperature=0)] * idle)
@@ -240,7 +246,7 @@ class Engine:
         caches = tuple(empty_cache(batch, self.config.kv_heads, n, self.config.head_dim, self.dtype) for n in self._slots(slots))
         none_B = jnp.zeros(batch, jnp.int32)
         # The vocabulary of the tokenizer: logits beyond it are padding, and go no further.
-        return State(caches, jnp.zeros((batch, self.tokenizer.n_vocab)), none_B, none_B, none_B > 0)
+        return State(caches, jnp.zeros((batch, self.tokenizer.n_vocab)), none_B, none_B, none_B, none_B > 0)
 
 
 def best_path(model: Model) -> Path:

@@ -19,7 +19,6 @@ from nanojax.infer.decode import Path
 from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, decode_attention
-from nanojax.ops.kernels.launch import ON_GPU, Launch
 from nanojax.ops.kernels.matvec import AS_IS, MOST_ROWS, Around, Feed, Matrix, feed_of, matmul, matvec
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.packed import PackedMatrix, stacked
@@ -109,11 +108,11 @@ def part(w: Matrix, outputs: slice = slice(None)) -> Any:
     return w[outputs].T
 
 
-def path(weights: dict[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, launch: Launch = ON_GPU) -> Path:
-    """For the engine, on a GPU, or anywhere with `INTERPRETED`. Takes the weights over, as `fuse` does."""
+def path(weights: dict[str, Any], c: ModelConfig, *, words: str, dtype: DTypeLike = DTYPE, interpret: bool = False) -> Path:
+    """For the engine, on a GPU, or anywhere with `interpret`. Takes the weights over, as `fuse` does."""
 
     def token(fused: FusedWeights, token_B: Array, position_B: Array, valid_B: Array, caches: tuple[Cache, ...]):
-        return one_token(fused, c, token_B, position_B, valid_B, caches, launch=launch)
+        return one_token(fused, c, token_B, position_B, valid_B, caches, interpret=interpret)
 
     return Path(fuse(weights, c, dtype), functools.partial(plain, c=c), token, words)
 
@@ -126,26 +125,27 @@ def one_token(
     valid_B: Bool[Array, " B"],
     caches: tuple[Cache, ...],
     *,
-    launch: Launch = ON_GPU,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
     """(logits in float32, caches with the valid tokens in them) of one more token of each row."""
     few, dtype = len(token_B) <= MOST_ROWS, fused.embedding_VD.dtype
-    product = functools.partial(matvec, launch=launch) if few else matmul
+    product = functools.partial(matvec, interpret=interpret) if few else matmul
 
     def feed(w: Matrix) -> Feed:
         return feed_of(w) if few else AS_IS
 
-    rope = rope_table(position_B[:, None], c.head_dim, c.rope_base)
+    cos_B1H, sin_B1H = rope_table(position_B[:, None], c.head_dim, c.rope_base)
+    rope = (cos_B1H[:, 0, : c.head_dim // 2], sin_B1H[:, 0, : c.head_dim // 2])
     x_BD = fused.embedding_VD[token_B]
     x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
     fed_BD = feed(fused.layers[0].qkv).of(x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None], dtype)
-    ahead = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
+    following = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
     written = []
-    for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, ahead, strict=True)):
+    for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, following, strict=True)):
         with jax.named_scope(f"block_{i}"):
             qkv_BYH = product(fed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
             new = NewTokens(qkv_BYH, rope, position_B, valid_B)
-            y_BX, cache = decode_attention(new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), launch=launch)
+            y_BX, cache = decode_attention(new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), interpret=interpret)
             written.append(cache)
             add = Around(stream_BO=x_BD, gain_O=layer.norms[1], feed=feed(layer.up))
             x_BD, fed_BD = product(y_BX, layer.o, add, dtype=dtype)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +82,7 @@ def prepared(name: str, request: Request) -> Callable[[], dict[str, Worst]]:
     """Compile a backend and the reference for each window of a request. The function made runs them and says where each result is worst:
     `dq, window 17`.
 
-    Compile in threads, where there are many, but run in one: cells that several threads ran at once have failed on a GPU, those of the
-    reference among them (scripts/bench/LOG.md). Raises whatever the backend raises.
+    Raises whatever the backend raises.
     """
     inputs = draw(request)
     *floats, segments = inputs
@@ -102,6 +103,30 @@ def prepared(name: str, request: Request) -> Callable[[], dict[str, Worst]]:
         return found
 
     return measure
+
+
+def prepared_all(cases: Sequence[tuple[str, Request]]) -> list[Callable[[], dict[str, Worst]]]:
+    """`prepared` of many (backend, request), compiled in threads; what a backend raises then is raised when its function is called.
+
+    cuDNN's come one by one, and nothing runs before all are done: where XLA compiles a call of cuDNN it records a CUDA graph, and what
+    another thread asks of CUDA meanwhile breaks both.
+    """
+
+    def later(name: str, request: Request) -> Callable[[], dict[str, Worst]]:
+        try:
+            return prepared(name, request)
+        except Exception as error:  # whatever a kernel raises is the finding
+            found = error
+
+        def fail() -> dict[str, Worst]:
+            raise found
+
+        return fail
+
+    alone = {i: later(*case) for i, case in enumerate(cases) if case[0] == "cudnn"}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = {i: pool.submit(later, *case) for i, case in enumerate(cases) if i not in alone}
+    return [alone[i] if i in alone else futures[i].result() for i in range(len(cases))]
 
 
 def share(found: dict[str, Worst]) -> float:

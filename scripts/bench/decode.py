@@ -35,8 +35,6 @@ class Bench:
     """Times that each is run, after a first that is dropped; the median counts."""
     plain: bool = False
     """Without the kernels of infer/fused.py."""
-    early: bool = False
-    """Launch each of them while the one before it runs (ops/kernels/launch.py): compute capability 9.0 and later."""
     hlo: bool = False
     """Say what the kernels in the compiled loop read."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
@@ -74,7 +72,6 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     from nanojax.infer.decode import plain_path
     from nanojax.infer.engine import Engine
     from nanojax.infer.params import SamplingParams
-    from nanojax.ops.kernels.launch import Launch
     from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
     c = bench.config.model
@@ -82,12 +79,10 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     specials = {name: first_special + i for i, name in enumerate(SPECIAL_TOKENS)}
     model = random_model(bench.config, format)
     reason = "it was switched off" if bench.plain else fused.refusal(model.program.request)
-    if (format != "bf16" or bench.early) and reason:
-        raise UserError(f"packed weights and --early are for the kernels of infer/fused.py, and {reason}; choose --formats bf16 alone")
+    if format != "bf16" and reason:
+        raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16 alone")
     sizes = {name: w.nbytes for name, w in model.weights.items()}
     path = plain_path(model.program.graph, model.weights, "XLA's products") if bench.plain else None
-    if bench.early:
-        path = fused.path(model.weights, c, words=f"{format}, kernels launched early", launch=Launch(early=True))
     engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials), path=path)
     del model, path  # so that only the engine holds weights
     params = SamplingParams(temperature=0, tokens=bench.tokens)
@@ -119,7 +114,7 @@ def what_kernels_read(engine: Any, tokens: int) -> str:
     state = engine._prefill([[1] * tokens], [2], 0)
     asked = engine._asked([SamplingParams(temperature=0)], [2], 0, set())
     with jax.set_mesh(engine.mesh):
-        text = engine._add.lower(engine.path.weights, state, asked, count=1, drawn="likeliest").compile().as_text()
+        text = engine._add.lower(engine.path.weights, state, asked, count=engine.stride, drawn="likeliest").compile().as_text()
     calls = re.findall(r"custom-call\(([^)]*)\), custom_call_target=\"__gpu\$xla\.gpu\.triton", text)
     types = dict(re.findall(r"(%[\w.-]+) = (\w+\[[\d,]*\])", text))
     taken = collections.Counter(types.get(name, "?") for call in calls for name in dict.fromkeys(re.findall(r"%[\w.-]+", call)))

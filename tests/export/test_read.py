@@ -16,7 +16,7 @@ from nanojax.errors import UserError
 from nanojax.export.folder import WEIGHTS, open_export
 from nanojax.export.layout import Parameter, Tensor, parameters
 from nanojax.export.read import check_packed, mapped, read_parts, read_weights
-from nanojax.ops.packed import PackedMatrix, by_place, unpacked
+from nanojax.ops.packed import PackedMatrix, for_kernels, unpacked
 
 GROUP = {"int4_group": 64}
 UP = "model.layers.1.mlp.up_proj"
@@ -66,7 +66,9 @@ def test_matrices_that_stay_packed_are_the_bytes_of_the_file_and_stand_for_the_s
     stored = read_tensors(folder / WEIGHTS)
     assert (
         kept["blocks.1.ffn.up.w"].words_OW.tobytes()
-        == by_place(stored[f"{UP}.weight_packed"].view("<i4"), 16 if format == "nvfp4_2d" else 32).tobytes()
+        == for_kernels(
+            stored[f"{UP}.weight_packed"].view("<i4"), 16 if format == "nvfp4_2d" else 32, kept["blocks.1.ffn.up.w"].format
+        ).tobytes()
     )
     assert kept["blocks.1.ffn.up.w"].scales_OG.tobytes() == stored[f"{UP}.weight_scale"].tobytes()
 

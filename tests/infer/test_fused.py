@@ -17,7 +17,6 @@ from nanojax.infer.engine import Engine
 from nanojax.infer.params import SamplingParams
 from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
-from nanojax.ops.kernels.launch import INTERPRETED
 from nanojax.ops.packed import PackedMatrix, unpacked
 from nanojax.precision import Rounding, quantize_weights
 
@@ -50,7 +49,7 @@ def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format,
     valid_B = jnp.ones(rows, bool)
     with jax.set_mesh(model.program.mesh):
         laid_out = fused.fuse(weights, c, jnp.float32)
-        token = jax.jit(lambda laid_out, *rest: fused.one_token(laid_out, c, *rest, launch=INTERPRETED))
+        token = jax.jit(lambda laid_out, *rest: fused.one_token(laid_out, c, *rest, interpret=True))
         got, written = token(laid_out, token_B, position_B, valid_B, caches)
         gpt = model_of(model.program.graph, fused.plain(laid_out, c))
         x_BTD, wanted = forward(gpt, token_B[:, None], position_B[:, None], valid_B[:, None], caches)
@@ -87,7 +86,7 @@ def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
     kind = dict(window=8, window_pattern="SL", n_kv_head=2, **SIZES)
     model = make_model(**kind)
     config, weights = model.program.config.model, weights_of(model, "nvfp4")
-    path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, launch=INTERPRETED)
+    path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, interpret=True)
     engine = Engine(model, BYTES, piece=16, stride=1, slots=64, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import pytest
 
 from nanojax.ops import attention as backends
 from nanojax.ops.attention import BACKENDS, REFUSALS, reference_attention
-from nanojax.ops.attention_check import Worst, draw, prepared, self_test, share, small, worst_of
+from nanojax.ops.attention_check import Worst, draw, prepared, prepared_all, self_test, share, small, worst_of
 from nanojax.ops.attention_request import Request
 
 REQUEST = Request(platform="cpu", dtype=jnp.float32, rows=2, tokens=13, heads=4, kv_heads=2, head_dim=16)
@@ -130,7 +129,7 @@ def test_a_self_test_is_small_and_of_the_same_kind():
     assert small(dataclasses.replace(big, windows=(7,), heads=6, kv_heads=6)).heads == 2
 
 
-# On a GPU, in bf16: one odd length a cell, and all that may go wrong with it crossed. Compiled in threads: XLA takes a second a cell.
+# On a GPU, in bf16: one odd length a cell, and all that may go wrong with it crossed. XLA takes a second a cell.
 TABLE = list(itertools.product(BACKENDS, HEADS, (None, 17), (None, 6), (64, 128)))
 
 
@@ -143,11 +142,10 @@ def cell(heads: str, window: int | None, documents: int | None, size: int) -> Re
 
 
 @functools.cache
-def compiled() -> dict[tuple, Future]:
-    """Every cell that its backend does not refuse, on its way to be run."""
-    pool = ThreadPoolExecutor(os.cpu_count())
+def compiled() -> dict[tuple, Callable[[], dict[str, Worst]]]:
+    """What runs every cell that its backend does not refuse."""
     served = [(name, *case) for name, *case in TABLE if REFUSALS[name](cell(*case)) is None]
-    return {(name, *case): pool.submit(prepared, name, cell(*case)) for name, *case in served}
+    return dict(zip(served, prepared_all([(name, cell(*case)) for name, *case in served]), strict=True))
 
 
 @pytest.mark.gpu
@@ -162,7 +160,7 @@ def test_a_backend_on_a_gpu_agrees_with_the_reference_forward_and_backward(name,
         assert refused is not None
         return
     assert refused is None
-    assert too_far(compiled()[name, *case].result()()) == {}
+    assert too_far(compiled()[name, *case]()) == {}
 
 
 @pytest.mark.gpu

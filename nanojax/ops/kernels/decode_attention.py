@@ -1,7 +1,7 @@
 """Attention of one new token a row to its cache: norms, rotation, the write to the cache and the reading of it in one pass.
 
 B batch, N query heads, K key and value heads, G = N / K, H head size, S slots, Y = N + 2K heads that the
-projections make, X = N H, P parts.
+projections make, X = N H, P parts, C = H / 2 pairs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Bool, Float, Int
 
 from nanojax.ops.cache import Cache, cached_attention
-from nanojax.ops.kernels.launch import ON_GPU, Launch, let_the_next_start
 from nanojax.ops.kernels.matvec import AS_IS, Feed
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import rotate
@@ -31,8 +30,8 @@ class NewTokens(NamedTuple):
 
     qkv_BYH: Float[Array, "B Y H"]
     """Queries, keys, values."""
-    rope_B1H: tuple[Float[Array, "B 1 H"], Float[Array, "B 1 H"]]
-    """As `rope_table` makes it."""
+    rope_BC: tuple[Float[Array, "B C"], Float[Array, "B C"]]
+    """The first halves of what `rope_table` makes: cosine, and minus sine."""
     position_B: Int[Array, " B"]
     valid_B: Bool[Array, " B"]
     """Whether the token is to be in the cache. What one sees that is not means nothing."""
@@ -49,7 +48,9 @@ def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None
     q_B1NH, k_B1KH, v_B1KH = (x[:, None] for x in jnp.split(new.qkv_BYH, cuts, axis=1))
     if gains is not None:
         q_B1NH, k_B1KH = rms_norm(q_B1NH, gains[0]), rms_norm(k_B1KH, gains[1])
-    q_B1NH, k_B1KH = rotate(q_B1NH, new.rope_B1H), rotate(k_B1KH, new.rope_B1H)
+    cos_BC, minus_sin_BC = new.rope_BC
+    rope = (jnp.concatenate([cos_BC, cos_BC], axis=1)[:, None], jnp.concatenate([minus_sin_BC, -minus_sin_BC], axis=1)[:, None])
+    q_B1NH, k_B1KH = rotate(q_B1NH, rope), rotate(k_B1KH, rope)
     y_B1NH, cache = cached_attention(q_B1NH, k_B1KH, v_B1KH, cache, new.position_B[:, None], new.valid_B[:, None], window)
     y_BX = y_B1NH.reshape(len(y_B1NH), -1)
     return feed.of(y_BX, y_BX.dtype).astype(y_BX.dtype), cache
@@ -71,7 +72,7 @@ def decode_attention(
     window: int | None = None,
     feed: Feed = AS_IS,
     parts: int | None = None,
-    launch: Launch = ON_GPU,
+    interpret: bool = False,
 ) -> tuple[Float[Array, "B X"], Cache]:
     """(what each new token sees, the cache with it in it where valid), like `cached_attention` of one token.
 
@@ -82,8 +83,7 @@ def decode_attention(
     _, kv_heads, slots, _ = cache.k_BKSH.shape
     queries = heads - 2 * kv_heads
     parts = parts or best_parts(batch * kv_heads, slots)
-    cos_BH, sin_BH = (table.reshape(batch, size) for table in new.rope_B1H)
-    arrays = [new.qkv_BYH, cos_BH, sin_BH, *(gains or ()), new.position_B.astype(jnp.int32), new.valid_B.astype(jnp.int32), *cache]
+    arrays = [new.qkv_BYH, *new.rope_BC, *(gains or ()), new.position_B.astype(jnp.int32), new.valid_B.astype(jnp.int32), *cache]
 
     def whole(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda b, k, p: (0,) * len(x.shape))
@@ -91,7 +91,7 @@ def decode_attention(
     dtype = new.qkv_BYH.dtype
     results = [jax.ShapeDtypeStruct((batch, queries * size), dtype)] if parts == 1 else _partial_shapes(batch, queries, parts, size)
     results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
-    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, feed, launch)
+    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, feed)
     *made, k_BKSH, v_BKSH = pl.pallas_call(
         functools.partial(_kernel, job),
         out_shape=results,
@@ -101,16 +101,16 @@ def decode_attention(
         input_output_aliases={len(arrays) - 2: len(results) - 2, len(arrays) - 1: len(results) - 1},
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name="decode_attention",
-        interpret=launch.interpret,
+        interpret=interpret,
     )(*arrays)
     if parts > 1:
         made = pl.pallas_call(
-            functools.partial(_join, feed, launch),
+            functools.partial(_join, feed),
             out_shape=[jax.ShapeDtypeStruct((batch, queries * size), dtype)],
             grid=(batch, queries),
             compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
             name="decode_attention_join",
-            interpret=launch.interpret,
+            interpret=interpret,
         )(*made)
     return made[0], Cache(k_BKSH, v_BKSH)
 
@@ -121,15 +121,16 @@ def _partial_shapes(batch: int, queries: int, parts: int, size: int) -> list[jax
     return [sums, sums, jax.ShapeDtypeStruct((batch, parts, queries * size), jnp.float32)]
 
 
-def _join(feed: Feed, launch: Launch, most_ref, total_ref, sum_ref, y_ref):
+def _join(feed: Feed, most_ref, total_ref, sum_ref, y_ref):
     """One instance: one head of one row, its parts of a softmax made one."""
-    b, head, parts, heads = pl.program_id(0) + let_the_next_start(launch), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
+    b, head, parts, heads = pl.program_id(0), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
     size = sum_ref.shape[2] // heads
     at = feed.at(head * size + jnp.arange(size), heads * size)
-    most = [most_ref[b, part, head] for part in range(parts)]
-    scales = [jnp.exp(x - functools.reduce(jnp.maximum, most)) for x in most]
-    total = functools.reduce(jnp.add, (total_ref[b, part, head] * scale for part, scale in enumerate(scales)))
-    y = functools.reduce(jnp.add, (sum_ref[b, part, at] * scale for part, scale in enumerate(scales)))
+    most_P = most_ref[b, :, head]
+    scale_P = jnp.exp(most_P - jnp.max(most_P))
+    total = jnp.sum(total_ref[b, :, head] * scale_P)
+    sums_PH = sum_ref[b, jnp.broadcast_to(jnp.arange(parts)[:, None], (parts, size)), jnp.broadcast_to(at[None], (parts, size))]
+    y = jnp.sum(sums_PH * scale_P[:, None], axis=0)
     y_ref[b, at] = (y / total * feed.growth).astype(y_ref.dtype)
 
 
@@ -144,16 +145,15 @@ class _Job(NamedTuple):
     window: int | None
     parts: int
     feed: Feed
-    launch: Launch
 
 
-def _kernel(job: _Job, qkv_ref, cos_ref, sin_ref, *refs):
+def _kernel(job: _Job, qkv_ref, cos_ref, minus_sin_ref, *refs):
     """One instance: one key and value head of one row, and a part of its slots."""
     q_gain, k_gain = refs[:2] if job.normed else (None, None)
     position_ref, valid_ref, k_ref, v_ref, *outs, new_k_ref, new_v_ref = refs[2 * job.normed :]
-    b, k, part = pl.program_id(0) + let_the_next_start(job.launch), pl.program_id(1), pl.program_id(2)
+    b, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
-    angle, queries = [table[b, halves[0]] for table in (cos_ref, sin_ref)], job.group * job.kv_heads
+    angle, queries = [table[b, :] for table in (cos_ref, minus_sin_ref)], job.group * job.kv_heads
 
     step = min(SLOTS_AT_ONCE, 1 << (job.slots // job.parts).bit_length() - 1)
     turns = -(-job.slots // (step * job.parts))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,13 +23,13 @@ from jaxtyping import Array, Float, Int
 
 from nanojax.ops.cache import einsum_in_float32
 from nanojax.ops.fp4 import e2m1_values
-from nanojax.ops.kernels.launch import ON_GPU, Launch, let_the_next_start
 from nanojax.ops.norm import EPS
-from nanojax.ops.packed import CODES, PackedMatrix, unpacked
+from nanojax.ops.packed import CODES, MAGNITUDES, SIGNS, PackedMatrix, codes, unpacked
 
 Matrix = Any
 """A bf16 array [O, I], or a PackedMatrix."""
 MOST_ROWS = 8
+UNROLLED = 2  # rows
 LONGEST_SUM = 1024
 # A code's exponent and mantissa, put where bf16 has the ends of its own, read 2^126 too small, some of them as denormals. Inputs grow
 # before they meet one, so that no product is denormal; what is left to make good is made good on the sum.
@@ -116,7 +116,7 @@ class _Job:
     rms: bool
     stream: bool
     feed: Feed
-    launch: Launch
+    interpret: bool
 
     @property
     def e2m1(self) -> bool:
@@ -125,14 +125,16 @@ class _Job:
     @property
     def shrunk(self) -> bool:
         """Whether codes are read as tiny floats. CPUs flush denormals, so there they are worked out instead."""
-        return self.e2m1 and not self.launch.interpret
+        return self.e2m1 and not self.interpret
 
 
 def best_cut(outputs: int, *, tiles: int, packed: bool) -> Cut:
     """What was fastest of the cuts tried on an H200, in nvfp4 at d32 and in bf16 at d20 (scripts/bench/LOG.md)."""
     made = tiles * outputs
-    if packed:
-        rows, lanes, warps = (16, 64, 4) if made >= 8192 else (8, 128, 4)
+    if packed and tiles == 2:
+        rows, lanes, warps = 8, 64, 2
+    elif packed:
+        rows, lanes, warps = 8 if made >= 4096 else 4, 128, 4
     else:
         rows, lanes, warps = (8, 1024, 4) if made >= 16384 else (4, 1024, 2)
     return Cut(min(rows, outputs & -outputs), lanes, warps)
@@ -167,7 +169,7 @@ def matvec(
     *,
     dtype: DTypeLike = jnp.bfloat16,
     cut: Cut | None = None,
-    launch: Launch = ON_GPU,
+    interpret: bool = False,
 ) -> Any:
     """x w^T in `dtype`, summed in float32, for 1 to 8 rows; `x` is in the form of `feed_of(w)`.
 
@@ -199,7 +201,7 @@ def matvec(
         results = [(results[0][0], own), (jax.ShapeDtypeStruct((rows, outputs), around.feed.narrow(dtype)), read)]
     job = _Job(
         format=w.format if packed else None, arrays=len(arrays), tiles=tiles, lanes=w.shape[1] // span, span=span, cut=cut, ffn=around.ffn,
-        rms=around.rms_of_BI is not None, stream=around.stream_BO is not None, feed=around.feed, launch=launch,
+        rms=around.rms_of_BI is not None, stream=around.stream_BO is not None, feed=around.feed, interpret=interpret,
     )  # fmt: skip
     assert not job.shrunk or x_BI.dtype == jnp.bfloat16, f"kernels take inputs of E2M1 codes in bf16, given {x_BI.dtype}"
     made = pl.pallas_call(
@@ -210,7 +212,7 @@ def matvec(
         out_specs=[spec for _, spec in results],
         compiler_params=triton.CompilerParams(num_warps=cut.warps, num_stages=1),
         name=f"matvec_{job.format or 'bf16'}_{w.shape[0]}x{w.shape[1]}",  # as profiles show it
-        interpret=launch.interpret,
+        interpret=interpret,
     )(*(x for x, _ in operands))
     return made[0] if around.stream_BO is None else tuple(made)
 
@@ -234,21 +236,18 @@ def _kernel(job: _Job, x_ref, *refs):
     gain = refs[1][...].astype(jnp.float32) if job.stream else None
     factor = (E2M1_SHRINK if job.shrunk else 1.0) / (GROWTH if job.e2m1 else 1.0)
     factor = factor / matrices[0][2][0] if job.arrays == 3 else factor
-    sums: dict[tuple[int, int, int], Any] = {}
-    zero = let_the_next_start(job.launch)
-    for start, lanes in _pieces(job.lanes, job.cut.lanes):
-        parts = [_products(matrix, job, start, lanes) for matrix in matrices]
-        xs = [_inputs(job, x_ref, b + zero, start, lanes) for b in rows]  # handed from thread to thread, while weights are on their way
-        for tile, part in enumerate(parts):
-            for b in rows:
-                sums[tile, b, lanes] = sums[tile, b, lanes] + part(xs[b]) if (tile, b, lanes) in sums else part(xs[b])
+    sums: dict[int, Any] = {}
+    taken = 0
+    for start, lanes in (_pieces if job.format is None else _even_pieces)(job.lanes, job.cut.lanes):
+        part = _products(job, x_ref, matrices, start, lanes, taken)
+        sums[lanes], taken = jax.tree.map(jnp.add, sums[lanes], part) if lanes in sums else part, start + lanes
     for b in rows:
-        ys = [[s.sum(axis=1) for (tile, row, _), s in sums.items() if (tile, row) == (t, b)] for t in range(job.tiles)]
+        ys = [[part[t][b].sum(axis=1) for part in sums.values()] for t in range(job.tiles)]
         over = factor
         if (pieces := squared[b]) is not None:
             total, size = functools.reduce(jnp.add, (jnp.sum(piece * piece) for piece in pieces)), sum(piece.shape[0] for piece in pieces)
             over = factor * jax.lax.rsqrt(total / size + EPS)
-        _finish(job, [functools.reduce(jnp.add, y) * over for y in ys], b, streams[b], gain, refs[-2:])
+        _finish(job, [functools.reduce(jnp.add, y) * over for y in ys], b, streams[b], gain, refs[2 * job.stream :])
 
 
 def _pieces(columns: int, most: int) -> list[tuple[int, int]]:
@@ -261,40 +260,68 @@ def _pieces(columns: int, most: int) -> list[tuple[int, int]]:
     return found
 
 
+def _even_pieces(columns: int, most: int) -> list[tuple[int, int]]:
+    """(start, lanes) of pieces of one size, a power of two, the last moved back over columns that are already taken."""
+    lanes = min(most, 1 << columns.bit_length() - 1)
+    return [(min(start, columns - lanes), lanes) for start in range(0, columns, lanes)]
+
+
 def _pieces_of(ref, b: int) -> list[Array]:
     """Row b in float32, in pieces."""
     return [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in _pieces(ref.shape[1], LONGEST_SUM)]
 
 
-def _inputs(job: _Job, x_ref, b: Any, start: int, lanes: int) -> list[Array]:
+def _products(job: _Job, x_ref, matrices, start: int, lanes: int, taken: int) -> list[list[Array]]:
+    """Of each tile and row, the products of a piece [outputs, lanes], summed over a span; lanes before `taken` count as zero."""
+    rows, places = range(x_ref.shape[0]), -(-job.span // CODES)
+
+    def words(matrix: Any, of: Sequence[Any]) -> list[Array]:
+        return [matrix[0][:, pl.ds(place * job.lanes + start, lanes)] for place in of]
+
+    def inputs(of: Sequence[Any]) -> list[list[list[Array]]]:
+        """Handed from thread to thread, while weights are on their way."""
+        return [[_inputs(job, x_ref, b, place, start, lanes, taken) for place in of] for b in rows]
+
+    def summed(words: list[Array], xs: list[list[Array]]) -> Array:
+        return functools.reduce(jnp.add, map(functools.partial(_times, job), words, xs))
+
+    if len(rows) <= UNROLLED and not job.interpret:
+        # Tile by tile and scales last, as registers then allow for more loads at once: 20 % of the time.
+        loaded = [(words(matrix, range(places)), _scales(job, matrix, start, lanes)) for matrix in matrices]
+        xs = inputs(range(places))
+        return [[summed(word, x) * scales for x in xs] for word, scales in loaded]
+
+    def turn(place: Array, sums: list[list[Array]]) -> list[list[Array]]:
+        loaded, xs = [words(matrix, [place]) for matrix in matrices], inputs([place])
+        return [[y + summed(word, x) for y, x in zip(ys, xs, strict=True)] for ys, word in zip(sums, loaded, strict=True)]
+
+    # As one long program it would take minutes to compile.
+    none = jnp.zeros((job.cut.outputs, lanes), jnp.float32)
+    sums = jax.lax.fori_loop(0, places, turn, [[none for _ in rows] for _ in matrices])
+    return [[y * scales for y in ys] for ys, scales in zip(sums, (_scales(job, matrix, start, lanes) for matrix in matrices), strict=True)]
+
+
+def _inputs(job: _Job, x_ref, b: Any, place: Any, start: int, lanes: int, taken: int) -> list[Array]:
     """What row b's inputs of a piece are multiplied as: in float32, plane by plane, or pairs of bf16 whose planes are four apart."""
-    planes = [x_ref[b, pl.ds(plane * job.lanes + start, lanes)] for plane in range(job.span)]
+    planes = [x_ref[b, pl.ds((place * CODES + j) * job.lanes + start, lanes)] for j in range(min(job.span, CODES))]
+    if taken > start:
+        planes = [jnp.where(start + jnp.arange(lanes) < taken, jnp.zeros_like(x), x) for x in planes]
     if not job.shrunk:
         return [x.astype(jnp.float32) for x in planes]
     bits = [jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) for x in planes]
-    words = [bits[start : start + CODES] for start in range(0, job.span, CODES)]
-    return [low | high << 16 for word in words for low, high in zip(word[:4], word[4:], strict=True)]
+    return [low | high << 16 for low, high in zip(bits[:4], bits[4:], strict=True)]
 
 
-def _products(matrix, job: _Job, start: int, lanes: int) -> Callable[[list[Array]], Array]:
-    """Inputs of a piece -> their products with a matrix [outputs, lanes], those of a span summed."""
+def _times(job: _Job, words: Array, xs: list[Array]) -> Float[Array, "O L"]:
+    """Inputs of one place with the weights of that place, summed."""
     if job.format is None:
-        w = matrix[0][:, pl.ds(start, lanes)]
-        return lambda xs: w.astype(jnp.float32) * xs[0][None, :]
-    words = [matrix[0][:, pl.ds(place * job.lanes + start, lanes)] for place in range(job.span // CODES)]
-    scales = _scales(matrix[1], job, start, lanes)
-
-    def products(xs: list[Array]) -> Array:
-        codes = [word >> 4 * j & 15 for word in words for j in range(CODES)]
-        if job.shrunk:
-            found = [_e2m1_products(word, xs[4 * i :][:4]) for i, word in enumerate(words)]
-        elif job.launch.interpret:  # Triton has no such stacks, and CPUs are slow to compile what is not stacked
-            found = [jnp.sum(_values(jnp.stack(codes), job) * jnp.stack(xs)[:, None, :], axis=0)]
-        else:
-            found = [_values(code, job) * x[None, :] for code, x in zip(codes, xs, strict=True)]
-        return functools.reduce(jnp.add, found) * _scales_as_floats(scales, job)
-
-    return products
+        return words.astype(jnp.float32) * xs[0][None, :]
+    if job.shrunk:
+        return _e2m1_products(words, xs)
+    found = codes(words, job.format)
+    if job.interpret:  # Triton has no such stacks, and CPUs are slow to compile what is not stacked
+        return jnp.sum(_values(jnp.stack(found), job) * jnp.stack(xs)[:, None, :], axis=0)
+    return functools.reduce(jnp.add, (_values(code, job) * x[None, :] for code, x in zip(found, xs, strict=True)))
 
 
 def _values(codes: Int[Array, "*S O L"], job: _Job) -> Float[Array, "*S O L"]:
@@ -304,17 +331,17 @@ def _values(codes: Int[Array, "*S O L"], job: _Job) -> Float[Array, "*S O L"]:
     return e2m1_values(codes.astype(jnp.uint8))
 
 
-def _scales(ref, job: _Job, start: int, lanes: int) -> Array:
-    """Of the spans of a piece, [outputs, lanes], as they are stored."""
-    if ref.shape[1] == job.lanes:
-        return ref[:, pl.ds(start, lanes)]
-    shape, per_scale = (ref.shape[0], lanes), job.lanes // ref.shape[1]
-    row, column = jnp.arange(shape[0])[:, None], (start + jnp.arange(lanes)[None, :]) // per_scale
-    return ref[jnp.broadcast_to(row, shape), jnp.broadcast_to(column, shape)]
-
-
-def _scales_as_floats(scales: Array, job: _Job) -> Float[Array, "O L"]:
-    """Bytes as the numbers they are; on a GPU E4M3 comes 2^120 too small and is put right."""
+def _scales(job: _Job, matrix, start: int, lanes: int) -> Float[Array, "O L"] | float:
+    """Of the spans of a piece. On a GPU E4M3 is read 2^120 too small, and put right."""
+    if job.format is None:
+        return 1.0
+    ref, per_scale = matrix[1], job.lanes // matrix[1].shape[1]
+    if per_scale == 1:
+        scales = ref[:, pl.ds(start, lanes)]
+    else:
+        shape = (ref.shape[0], lanes)
+        row, column = jnp.arange(shape[0])[:, None], (start + jnp.arange(lanes)[None, :]) // per_scale
+        scales = ref[jnp.broadcast_to(row, shape), jnp.broadcast_to(column, shape)]
     if job.format == "int4":
         return scales
     if job.format == "mxfp4":
@@ -329,13 +356,18 @@ def _e2m1_products(words: Int[Array, "O W"], pairs: list[Array]) -> Float[Array,
 
     In PTX, two codes an instruction, as Triton would not write it. Each code's sign goes to bit 15 of its half, the rest to bits 8 to 6.
     """
-    pick = "and.b32 s, s, 0x80008000; lop3.b32 v, m, 0x01C001C0, s, 0xEA; fma.rn.bf16x2 a, v, ${}, a;"
-    moves = ("shl.b32 s, $1, 12; shl.b32 m, $1, 6;", "shl.b32 s, $1, 8; shl.b32 m, $1, 2;", "shl.b32 s, $1, 4; shr.b32 m, $1, 2;",
-             "mov.b32 s, $1; shr.b32 m, $1, 6;")  # fmt: skip
-    body = " ".join(f"{move} {pick.format(j + 2)}" for j, move in enumerate(moves))
-    add = "shl.b32 s, a, 16; and.b32 m, a, 0xFFFF0000; mov.b32 low, s; mov.b32 high, m; add.f32 $0, low, high;"
+    multiply = ""
+    for j, (magnitude, sign) in enumerate(zip(MAGNITUDES, SIGNS, strict=True)):
+        left, over = 6 - magnitude, 15 - sign
+        multiply += f"shl.b32 v, $1, {left}; " if left >= 0 else f"shr.b32 v, $1, {-left}; "
+        if left == over:
+            multiply += "and.b32 v, v, 0x81C081C0; "
+        else:  # v & 0x01C001C0 | s
+            multiply += f"shl.b32 s, $1, {over}; and.b32 s, s, 0x80008000; lop3.b32 v, v, 0x01C001C0, s, 0xEA; "
+        multiply += f"fma.rn.bf16x2 a, v, ${j + 2}, a; "
+    add = "shl.b32 s, a, 16; and.b32 v, a, 0xFFFF0000; mov.b32 low, s; mov.b32 high, v; add.f32 $0, low, high;"
     (products,) = triton.elementwise_inline_asm(
-        f"{{ .reg .b32 s, m, v, a; .reg .f32 low, high; mov.b32 a, 0x80008000; {body} {add} }}",
+        f"{{ .reg .b32 s, v, a; .reg .f32 low, high; mov.b32 a, 0x80008000; {multiply}{add} }}",
         args=[words, *(jnp.broadcast_to(pair[None, :], words.shape) for pair in pairs)],
         constraints="=f,r,r,r,r,r",
         pack=1,

@@ -14,7 +14,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
-from nanojax.ops.kernels.launch import ON_GPU, Launch
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import rotate
 
@@ -29,28 +28,28 @@ def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " 
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def norm_rope(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope, launch: Launch = ON_GPU) -> Float[Array, "B T N H"]:
+def norm_rope(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope, interpret: bool = False) -> Float[Array, "B T N H"]:
     """rotate(rms_norm(x, gain), rope) in the dtype of x, rounded to it between the two as they do. H is a power of two.
 
     The gradient of the gain is summed in float32; the table gets none.
     """
-    return _call(_forward, x_BTNH, gain_H, rope, (), launch)[0]
+    return _call(_forward, x_BTNH, gain_H, rope, (), interpret)[0]
 
 
-def _norm_rope_forward(x_BTNH: Array, gain_H: Array, rope: Rope, launch: Launch):
-    return norm_rope(x_BTNH, gain_H, rope, launch), (x_BTNH, gain_H, rope)
+def _norm_rope_forward(x_BTNH: Array, gain_H: Array, rope: Rope, interpret: bool):
+    return norm_rope(x_BTNH, gain_H, rope, interpret), (x_BTNH, gain_H, rope)
 
 
-def _norm_rope_backward(launch: Launch, kept: tuple[Array, Array, Rope], dy_BTNH: Array):
+def _norm_rope_backward(interpret: bool, kept: tuple[Array, Array, Rope], dy_BTNH: Array):
     x_BTNH, gain_H, rope = kept
-    dx_BTNH, dgain_PH = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), launch)
+    dx_BTNH, dgain_PH = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), interpret)
     return dx_BTNH, jnp.sum(dgain_PH, axis=0).astype(gain_H.dtype), jax.tree.map(jnp.zeros_like, rope)
 
 
 norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
 
 
-def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], launch: Launch) -> list[Array]:
+def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], interpret: bool) -> list[Array]:
     """Run a kernel over blocks of tokens and heads. It makes an array like x, and the backward one also a part of the gain's gradient."""
     b, t, n, h = x_BTNH.shape
     tokens = min(TOKENS, t & -t)  # blocks are powers of two, and none reaches into the next row
@@ -69,7 +68,7 @@ def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Arr
         out_specs=[spec for _, spec in results],
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name=f"norm_rope{kernel.__name__}",
-        interpret=launch.interpret,
+        interpret=interpret,
     )(flat[0], gain_H.astype(jnp.float32), *rope, *flat[1:])
     return [made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
 

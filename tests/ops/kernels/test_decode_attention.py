@@ -9,7 +9,6 @@ import pytest
 
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, best_parts, decode_attention, decode_attention_reference
-from nanojax.ops.kernels.launch import INTERPRETED, ON_GPU, Launch
 from nanojax.ops.kernels.matvec import Feed
 from nanojax.ops.rope import rope_table
 
@@ -31,7 +30,8 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     position_B = jnp.asarray(at, jnp.int32)
-    rope = rope_table(position_B[:, None], size, 1e4)
+    cos_B1H, sin_B1H = rope_table(position_B[:, None], size, 1e4)
+    rope = (cos_B1H[:, 0, : size // 2], sin_B1H[:, 0, : size // 2])
     new = NewTokens(normal(3, heads + 2 * kv_heads, size), rope, position_B, jnp.ones(3, bool))
     cache = Cache(normal(3, kv_heads, slots, size), normal(3, kv_heads, slots, size))
     return new, cache, (1 + 0.1 * normal(size), 1 + 0.1 * normal(size)), window
@@ -44,7 +44,7 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
 def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, parts, feed):
     new, cache, gains, window = make(heads, kv_heads, 16, case, jnp.float32)
     for norms in (gains, None):
-        got = decode_attention(new, cache, norms, window=window, feed=feed, parts=parts, launch=INTERPRETED)
+        got = decode_attention(new, cache, norms, window=window, feed=feed, parts=parts, interpret=True)
         want = decode_attention_reference(new, cache, norms, window=window, feed=feed)
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)  # sums of float32 in another order
@@ -52,7 +52,7 @@ def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, par
 
 def test_a_token_that_is_not_valid_is_not_written():
     new, cache, gains, _ = make(4, 2, 16, "full", jnp.float32)
-    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, launch=INTERPRETED)
+    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, interpret=True)
     changed = [(np.asarray(a) != np.asarray(b)).any(axis=(1, 3)) for a, b in zip(cache, written, strict=True)]
     for slots in changed:
         assert [np.flatnonzero(row).tolist() for row in slots] == [[0], [], [63]]
@@ -67,13 +67,12 @@ def test_heads_share_their_slots_among_more_instances_while_the_gpu_has_room():
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("heads", "kv_heads", "size", "parts"), [(4, 4, 128, 1), (6, 2, 64, 4), (8, 1, 128, 2)])
-@pytest.mark.parametrize("launch", [ON_GPU, Launch(early=True)], ids=["", "early"])
-def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case, launch):
+def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case):
     new, cache, gains, window = make(heads, kv_heads, size, case, jnp.bfloat16)
 
     def run(f, **kw):
         return jax.jit(lambda *args: f(*args, window=window, feed=Feed(16), **kw))(new, cache, gains)
 
-    for a, b in zip(run(decode_attention, parts=parts, launch=launch), run(decode_attention_reference), strict=True):
+    for a, b in zip(run(decode_attention, parts=parts, interpret=interpret), run(decode_attention_reference), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2)  # bf16 of values of order 1

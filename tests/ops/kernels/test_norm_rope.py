@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojax.ops.kernels.launch import INTERPRETED, ON_GPU
 from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
 from nanojax.ops.rope import rope_table
 
@@ -25,13 +24,13 @@ def results(f, shape, dtype):
 @pytest.mark.parametrize("shape", [(2, 8, 3, 16), (1, 7, 2, 32), (3, 128, 1, 8), (2, 96, 2, 64)])
 def test_it_is_the_norm_and_the_rotation_forward_and_backward(shape):
     """Blocks of many tokens, of an odd number, of several to a row."""
-    got = results(lambda *a: norm_rope(*a, INTERPRETED), shape, jnp.float32)
+    got = results(lambda *a: norm_rope(*a, True), shape, jnp.float32)
     for a, b in zip(got, results(norm_rope_reference, shape, jnp.float32), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))  # sums of float32 in another order
 
 
 def test_in_bf16_it_rounds_where_they_round():
-    got, want = (results(f, (2, 64, 2, 32), jnp.bfloat16) for f in (lambda *a: norm_rope(*a, INTERPRETED), norm_rope_reference))
+    got, want = (results(f, (2, 64, 2, 32), jnp.bfloat16) for f in (lambda *a: norm_rope(*a, True), norm_rope_reference))
     for a, b in zip(got[:2], want[:2], strict=True):
         assert a.dtype == jnp.bfloat16
         assert (a != b).mean() < 0.02  # of an rsqrt that differs in its last bit
@@ -48,4 +47,4 @@ def test_the_compiled_kernels_agree_on_a_gpu(shape):
 
 
 def on_gpu(x, gain, rope):
-    return norm_rope(x, gain, rope, ON_GPU)
+    return norm_rope(x, gain, rope)
