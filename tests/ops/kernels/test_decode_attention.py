@@ -73,6 +73,6 @@ def test_the_compiled_kernel_agrees_on_a_gpu(heads, kv_heads, size, parts, case)
     def run(f, **kw):
         return jax.jit(lambda *args: f(*args, window=window, feed=Feed(16), **kw))(new, cache, gains)
 
-    for a, b in zip(run(decode_attention, parts=parts, interpret=interpret), run(decode_attention_reference), strict=True):
+    for a, b in zip(run(decode_attention, parts=parts), run(decode_attention_reference), strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(np.asarray(x, np.float32), np.asarray(y, np.float32), atol=2e-2)  # bf16 of values of order 1

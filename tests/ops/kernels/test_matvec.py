@@ -63,6 +63,7 @@ def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, c
     x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((rows, inputs)), jnp.float32)
     given = feed_of(w).of(x_BI, jnp.float32 if interpret else jnp.bfloat16)
     arounds = surroundings(rows, outputs, inputs)
+    arounds = arounds if interpret or rows == 1 else arounds[2::2]  # a GPU's take long to compile
     made = jax.jit(lambda x, w: [matvec(x, w, around, dtype=jnp.float32, cut=cut, interpret=interpret) for around in arounds])(given, w)
     for got, around in zip(made, arounds, strict=True):
         for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
