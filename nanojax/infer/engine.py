@@ -162,11 +162,11 @@ class Engine:
 
         with jax.set_mesh(self.mesh):
             state = self._first(state, asked, drawn)
-        tokens_BN = np.asarray(state.token_B)[:, None]
         made, finishes = [0] * len(rows), [""] * len(rows)
+        due, coming = [min(1, most) for most in budgets], [state.token_B[:, None]]  # tokens, on the device or on their way
         while True:
             pieces = []
-            for row, tokens_N in enumerate(np.asarray(tokens_BN)[: len(rows)].tolist()):
+            for row, tokens_N in enumerate(np.asarray(coming.pop(0))[: len(rows)].tolist()):
                 new = [token for token in tokens_N if token != NO_TOKEN]
                 made[row] += len(new)
                 stopped = bool(new) and new[-1] in stops
@@ -176,11 +176,16 @@ class Engine:
             yield pieces
             if all(finishes):
                 return
-            # The last token of each is not in its caches yet.
-            read = (length + min(n + self.stride, most) - 1 for length, n, most in zip(lengths, made, budgets, strict=True) if n < most)
-            state = self._with_slots(state, max(read, default=0))
-            with jax.set_mesh(self.mesh):
-                state, tokens_BN = self._add(self.path.weights, state, asked, count=self.stride, drawn=drawn)
+            # Two strides: the device goes on while the host reads. Where all rows stop in one, the other was for nothing.
+            while len(coming) < 2 and any(n < most and not end for n, most, end in zip(due, budgets, finishes, strict=True)):
+                due = [min(n + self.stride, most) for n, most in zip(due, budgets, strict=True)]
+                # The last token of each is not in its caches yet.
+                state = self._with_slots(
+                    state, max(length + n - 1 for length, n, end in zip(lengths, due, finishes, strict=True) if not end)
+                )
+                with jax.set_mesh(self.mesh):
+                    state, tokens_BN = self._add(self.path.weights, state, asked, count=self.stride, drawn=drawn)
+                coming.append(tokens_BN)
 
     def _asked(self, rows: list[SamplingParams], budgets: list[int], idle: int, stops: set[int]) -> Asked:
         controls = Controls.of(rows + [SamplingParams(temperature=0)] * idle)

@@ -132,7 +132,7 @@ def best_cut(outputs: int, *, tiles: int, packed: bool) -> Cut:
     """What was fastest of the cuts tried on an H200, in nvfp4 at d32 and in bf16 at d20 (scripts/bench/LOG.md)."""
     made = tiles * outputs
     if packed and tiles == 2:
-        rows, lanes, warps = 8, 64, 2
+        rows, lanes, warps = 16, 64, 4
     elif packed:
         rows, lanes, warps = 8 if made >= 4096 else 4, 128, 4
     else:

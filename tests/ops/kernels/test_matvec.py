@@ -23,7 +23,7 @@ def make(format: str, outputs: int, inputs: int, seed: int = 0):
     if format == "bf16":
         w_OI = jnp.asarray(w_IO.T, jnp.bfloat16)
         return w_OI, np.asarray(w_OI, np.float64)
-    q = quantize(jnp.asarray(w_IO), format, block=32 if format == "int4" else None)
+    q = jax.jit(lambda w_IO: quantize(w_IO, format, block=32 if format == "int4" else None))(w_IO)
     return packed(q), np.asarray(dequantize(q), np.float64).T
 
 
