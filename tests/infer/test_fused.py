@@ -23,8 +23,8 @@ from nanojax.precision import Rounding, quantize_weights
 SIZES = dict(d_model=64, head_dim=16, d_ffn=96)
 MODELS = {
     "gqa, windows": dict(n_kv_head=2, window=8, window_pattern="SL", **SIZES | {"d_ffn": 64}),
-    "nanochat": dict(n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0, **SIZES),
-    "no norms on queries and keys": dict(n_kv_head=1, qk_norm=False, **SIZES),
+    "nanochat": dict(depth=1, n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0, **SIZES),
+    "no norms on queries and keys": dict(depth=1, n_kv_head=1, qk_norm=False, **SIZES),
 }
 
 
