@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 IGNORED = -1
+LARGEST_SHIFT = 40.0  # exp(-2 * 40) is a normal float32
 
 
 def token_nats(
@@ -22,7 +23,7 @@ def token_nats(
 
     def block(_, part):
         x, targets = part
-        _, lse, picked = capped_logits(x, w_DV, targets, softcap)
+        lse, picked = statistics(jnp.einsum("BTD,DV->BTV", x, w_DV), targets, softcap)
         return None, jnp.where(targets == IGNORED, 0, lse - picked)
 
     _, nats = jax.lax.scan(block, None, (split_tokens(x_BTD, blocks), split_tokens(targets_BT, blocks)))
@@ -45,9 +46,12 @@ def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
     def block(carry, part):
         total, dw_DV = carry
         x, targets = part
-        logits, lse, picked = capped_logits(x, w_DV, targets, softcap)
+        logits = jnp.einsum("BTD,DV->BTV", x, w_DV)
+        lse, picked = statistics(logits, targets, softcap)
         valid = targets != IGNORED
         total += jnp.sum(jnp.where(valid, lse - picked, 0))
+        # Capped anew: kept from above they would be written and read in float32.
+        logits = capped(jax.lax.optimization_barrier(logits), softcap)
         d_BTV = jnp.exp(logits - lse[..., None]) - (targets[..., None] == jnp.arange(w_DV.shape[1])[None, None])
         if softcap is not None:
             d_BTV *= 1 - jnp.square(logits / softcap)
@@ -70,14 +74,22 @@ def total_nats_backward(softcap, blocks, residuals, cotangent):
 total_nats.defvjp(total_nats_forward, total_nats_backward)
 
 
-def capped_logits(x_BTD, w_DV, targets_BT, softcap):
-    """(logits_BTV, log-sum-exp_BT, logit of the target_BT) in float32."""
-    logits = jnp.einsum("BTD,DV->BTV", x_BTD, w_DV).astype(jnp.float32)
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
+def capped(logits_BTV, softcap):
+    """Logits in float32, within +-softcap."""
+    logits_BTV = logits_BTV.astype(jnp.float32)
+    return logits_BTV if softcap is None else softcap * jnp.tanh(logits_BTV / softcap)
+
+
+def statistics(logits_BTV, targets_BT, softcap):
+    """(log-sum-exp_BT, logit of the target_BT) of logits once capped, in float32."""
     # A comparison, not a gather: it fuses into the reduction and works on a vocabulary that is sharded.
-    hit = targets_BT[..., None] == jnp.arange(w_DV.shape[1])[None, None]
-    return logits, jax.nn.logsumexp(logits, axis=-1), jnp.sum(jnp.where(hit, logits, 0), axis=-1)
+    hit_BTV = targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None]
+    picked_BT = capped(jnp.sum(jnp.where(hit_BTV, logits_BTV.astype(jnp.float32), 0), axis=-1), softcap)
+    logits_BTV = capped(logits_BTV, softcap)
+    if softcap is None or softcap > LARGEST_SHIFT:
+        return jax.nn.logsumexp(logits_BTV, axis=-1), picked_BT
+    # The cap bounds the largest: no pass over the logits to find it.
+    return softcap + jnp.log(jnp.sum(jnp.exp(logits_BTV - softcap), axis=-1)), picked_BT
 
 
 def split_tokens(x: Array, blocks: int) -> Array:
