@@ -22,11 +22,11 @@ from nanojax.checks import (
 )
 from nanojax.errors import UserError
 from nanojax.formats import FORMATS
-from nanojax.four_bit import check_blocks, check_four_bit
+from nanojax.narrow import check_blocks, check_four_bit, check_fp8
 
 Attention = Literal["auto", "te", "cudnn", "xla", "reference"]
 ComputeDtype = Literal["auto", "fp32", "bf16"]
-Precision = Literal["auto", "fp32", "bf16", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
+Precision = Literal["auto", "fp32", "bf16", "fp8", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
 Recipe = Literal["weights", "full"]
 Packing = Literal["best_fit", "concat"]
 
@@ -239,7 +239,8 @@ class TrainConfig:
     """Type of activations. auto: bf16 on GPUs, fp32 elsewhere."""
     precision: Precision = "auto"
     """Format that the matrices of the blocks are rounded to once a step; their gradients pass straight through. auto: that of
-    compute_dtype. int4, nvfp4 (blocks of 16), nvfp4_2d (of 16 x 16) and mxfp4 are 4-bit."""
+    compute_dtype. int4, nvfp4 (blocks of 16), nvfp4_2d (of 16 x 16) and mxfp4 are 4-bit. fp8: activations and gradients as well, in real
+    8-bit products, on GPUs of compute capability 9.0 or later; evaluated in bf16."""
     int4_group: Literal[64, 128, 256] = 128
     """Weights that share a scale in int4."""
     fp4_head: bool = False
@@ -324,6 +325,8 @@ class Config:
             )
         if self.train.four_bit:
             check_blocks(self.model, self.train)
+        if self.train.precision == "fp8":
+            check_fp8(self.model, self.train)
 
     @property
     def steps(self) -> int:

@@ -25,7 +25,7 @@ class Rounding:
     """A format, and the weights that are in it."""
 
     format: str
-    """fp32, bf16, or one of formats.FORMATS."""
+    """fp32, bf16, fp8 (whose products round, of weights in bf16), or one of formats.FORMATS."""
     block: int | None = None
     """int4's group; the other formats have their own."""
     rule: str = "ceil"
@@ -56,6 +56,8 @@ class Rounding:
     def describe(self, config: Config) -> str:
         """In words, for the header of a run."""
         train, depth = config.train, config.model.depth
+        if self.format == "fp8":
+            return "fp8 (e4m3, gradients e5m2; evaluated in bf16)"
         if self.format not in FORMATS:
             return self.format
         words = self.format + (f" in groups of {self.block}" if self.format == "int4" else "")
@@ -76,7 +78,7 @@ def prepare_weights(params: dict[str, Array], *, rounding: Rounding, dtype: jnp.
     four_bit = fake_quantize_weights(params, rounding, dtype) if rounding.format in FORMATS else {}
 
     def cast(name: str, w: Array) -> Array:
-        if rounding.covers(name) and rounding.format == "bf16" and dtype != jnp.bfloat16:
+        if rounding.covers(name) and rounding.format in ("bf16", "fp8") and dtype != jnp.bfloat16:
             bits = jnp.finfo(jnp.bfloat16)
             # Not a pair of casts: under jit XLA deletes a narrowing that is followed by a widening.
             return jax.lax.reduce_precision(w, bits.nexp, bits.nmant).astype(dtype)

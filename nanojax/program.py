@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from nanojax import mesh as meshes
 from nanojax.checks import parse_mesh
-from nanojax.config import Config
+from nanojax.config import Config, TrainConfig
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
@@ -25,6 +25,7 @@ from nanojax.ops.attention_check import self_test
 from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
+from nanojax.ops.fp8_dot import fp8_dot
 from nanojax.optim import optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.sizes import micro_batch
@@ -119,9 +120,18 @@ class Program(Site):
             return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
 
     def compile_step(self, step: int = 1) -> jax.stages.Compiled:
-        """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more."""
+        """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.
+
+        Raises UserError on devices that the precision cannot be trained on.
+        """
         from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
 
+        if self.precision == "fp8" and (self.platform != "gpu" or float(self.request.capability or 9) < 9):
+            device = self.mesh.devices.flat[0].device_kind
+            raise UserError(
+                f"precision=fp8 is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
+                "choose --precision bf16"
+            )
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
@@ -213,7 +223,7 @@ def make_program(
     attend = attention_of(site)
 
     def build(key: Array) -> GPT:
-        product = full_recipe_dot if train.fp4_recipe == "full" else dot
+        product = fp8_dot if site.precision == "fp8" else full_recipe_dot if train.fp4_recipe == "full" else dot
         return GPT(config.model, attention=attend, key=key, compute_dtype=dtype, dot=product, remat=train.remat)
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
@@ -238,8 +248,7 @@ def make_program(
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
-        noisy = rounding.names(by_name) if rounding.format == train.four_bit and train.fp4_recipe == "full" else ()
-        loss = functools.partial(microbatch_nats, graph, noisy=frozenset(noisy), **head)
+        loss = functools.partial(microbatch_nats, graph, noisy=keyed(rounding, train, by_name), **head)
         rate = schedule(config.optim, config.steps)
         step = functools.partial(train_step, tx=tx, lr=rate, prepare=ready, loss=loss, shardings=by_name)
         return Phase(
@@ -258,6 +267,12 @@ def make_program(
         phases=tuple(map(make_phase, roundings)),
         eval_step=jit(functools.partial(eval_step, graph, **head), in_shardings=(by_name, batch, one), out_shardings=one),
     )
+
+
+def keyed(rounding: Rounding, train: TrainConfig, names: Iterable[str]) -> frozenset[str]:
+    """Weights whose products get a key, which tells them to round what they multiply, and to draw from."""
+    rounds = rounding.format == "fp8" or (rounding.format == train.four_bit and train.fp4_recipe == "full")
+    return frozenset(rounding.names(names) if rounds else ())
 
 
 def formats(config: Config, platform: str) -> tuple[str, str]:

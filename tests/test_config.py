@@ -171,6 +171,14 @@ def test_the_nanochat_block_takes_changes():
         ),
         (lambda: four_bit("nvfp4_2d", d_model=80, head_dim=40, n_kv_head=1), "n_kv_head * head_dim=40 must be a multiple of the 16"),
         (lambda: four_bit("auto", fp4_recipe="full", seq_len=40), "seq_len=40 must be a multiple of the 16"),
+        (
+            lambda: Config(train=TrainConfig(precision="fp8", compute_dtype="fp32")),
+            "precision=fp8 needs bf16 activations, given compute_dtype=fp32; drop one of the two",
+        ),
+        (
+            lambda: Config(model=ModelConfig(d_ffn=1000), train=TrainConfig(precision="fp8")),
+            "d_ffn=1000 must be a multiple of 16 in fp8; the nearest is --d-ffn 992",
+        ),
         (lambda: Config(train=TrainConfig(loss_blocks=7)), "seq_len=2048 must be a multiple of loss_blocks=7; try --loss-blocks 8"),
     ],
 )

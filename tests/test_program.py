@@ -169,3 +169,40 @@ def test_a_format_of_ones_own_takes_the_place_of_the_configs():
         ready = program.phases[0].prepare(state.params)
     np.testing.assert_array_equal(ready["blocks.1.attention.q.w"], 0.5 * state.params["blocks.1.attention.q.w"])
     np.testing.assert_array_equal(ready["blocks.1.attention.k.w"], state.params["blocks.1.attention.k.w"])
+
+
+def test_fp8_trains_in_8_bits_and_is_evaluated_without():
+    program = program_of(precision="fp8")
+    assert "fp8 (e4m3, gradients e5m2; evaluated in bf16)" in program.facts["precision"]
+    losses = run(program, 12 * [batch()])
+    assert losses[-1] < losses[0] - 0.5
+    assert losses != run(program_of(), 12 * [batch()])
+    with jax.set_mesh(program.mesh):
+        params = program.init(jax.random.key(0)).params
+        weights = program.phases[0].prepare(params)
+        step = program.phases[0].train_step.lower(program.shapes, batch()).as_text()
+        evaluation = program.eval_step.lower(weights, jax.tree.map(lambda x: x[:1], batch()), jnp.ones(128)).as_text()
+    # Seven matrices a block, two blocks: each product has one or both of its operands in E4M3, and two of three one that is dy.
+    assert len(re.findall(r"dot_general.*f8E4M3FN", step)) == 3 * 7 * 2
+    assert len(re.findall(r"dot_general.*f8E5M2", step)) == 2 * 7 * 2
+    assert "f8E" not in evaluation
+    bf16 = prepare_weights(params, rounding=Rounding("bf16"), dtype=jnp.float32)
+    for name, w in weights.items():
+        np.testing.assert_array_equal(w, bf16[name])
+
+
+def test_fp8_is_refused_where_no_device_multiplies_it():
+    program = program_of(precision="fp8")
+    with pytest.raises(
+        UserError, match=r"NVIDIA GPUs of compute capability 9.0 or later, and the device is a cpu; choose --precision bf16"
+    ):
+        program.compile_step()
+
+
+@pytest.mark.gpu
+def test_an_fp8_step_on_a_gpu_multiplies_in_8_bits():
+    program = program_of(precision="fp8")
+    compiled = program.compile_step().as_text() or ""
+    assert compiled.count('custom_call_target="__cublas$lt$matmul$f8"') >= 2 * 7 * 2  # XLA may make one of several
+    losses = run(program, 12 * [batch()])
+    assert losses[-1] < losses[0] - 0.5

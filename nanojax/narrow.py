@@ -1,4 +1,4 @@
-"""Which 4-bit settings of a config go together, and fit its sizes."""
+"""Which settings of 4 and 8 bits go together, and fit the sizes of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from nanojax.checks import fitting_divisor, nearest_multiple, require_positive
 from nanojax.errors import UserError
 from nanojax.formats import FORMATS
+
+FP8_MULTIPLE = 16  # of both sides of a matrix, and of the tokens: what cuBLAS takes
 
 
 def check_four_bit(c: Any) -> None:
@@ -49,3 +51,17 @@ def check_blocks(model: Any, c: Any) -> None:
             groups = [str(g) for g in (64, 128, 256) if name == "int4" and size % g == 0]
             also = f", or --int4-group {groups[-1]}" if groups else ""
             raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")
+
+
+def check_fp8(model: Any, c: Any) -> None:
+    """Of a ModelConfig and a TrainConfig in fp8: raise UserError on activations in fp32, and on sizes that 8-bit products lack."""
+    if c.compute_dtype == "fp32":
+        raise UserError("precision=fp8 needs bf16 activations, given compute_dtype=fp32; drop one of the two")
+    for what, size, remedy in (
+        ("d_model", model.width, f"--d-model {nearest_multiple(model.width, math.lcm(FP8_MULTIPLE, model.head_dim))}"),
+        ("d_ffn", model.hidden, f"--d-ffn {nearest_multiple(model.hidden, FP8_MULTIPLE)}"),
+        ("n_kv_head * head_dim", model.kv_heads * model.head_dim, f"--head-dim {nearest_multiple(model.head_dim, FP8_MULTIPLE)}"),
+        ("seq_len", model.seq_len, f"--seq-len {nearest_multiple(model.seq_len, FP8_MULTIPLE)}"),
+    ):
+        if size % FP8_MULTIPLE:
+            raise UserError(f"{what}={size} must be a multiple of {FP8_MULTIPLE} in fp8; the nearest is {remedy}")

@@ -1,0 +1,77 @@
+"""The 8-bit product: what is rounded to which type, forward and backward, and what becomes of numbers that fit no 8 bits."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from nanojax.ops.fp8_dot import E4M3, E5M2, fp8_dot, to_fp8
+
+B, T, D, F = 2, 16, 32, 48
+KEY = jax.random.key(0)
+dot = functools.partial(fp8_dot, name="q")
+
+
+@pytest.fixture(scope="module")
+def operands():
+    rng = np.random.default_rng(0)
+    draw = [rng.standard_normal(shape) * 3 for shape in ((B, T, D), (D, F), (B, T, F))]
+    return [jnp.asarray(x, jnp.float32) for x in draw]
+
+
+def rounded(x, dtype) -> np.ndarray:
+    """By ml_dtypes, in float64."""
+    x = np.asarray(x, np.float32)
+    scale = np.abs(x).max() / np.float32(ml_dtypes.finfo(dtype).max)
+    return (x / scale).astype(dtype).astype(np.float64) * np.float64(scale)
+
+
+def test_without_a_key_it_is_the_plain_product(operands):
+    x, w, _ = operands
+    np.testing.assert_array_equal(dot(x, w), jnp.dot(x, w))
+
+
+def test_both_operands_of_all_three_products_are_rounded(operands):
+    x, w, dy = operands
+    y, vjp = jax.vjp(jax.jit(lambda x, w: dot(x, w, key=KEY)), x, w)
+    dx, dw = vjp(dy)
+    x8, w8, dy8 = rounded(x, ml_dtypes.float8_e4m3fn), rounded(w, ml_dtypes.float8_e4m3fn), rounded(dy, ml_dtypes.float8_e5m2)
+    for got, want in ((y, x8 @ w8), (dx, dy8 @ w8.T), (dw, np.einsum("BTI,BTO->IO", x8, dy8))):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())  # float32 sums, in another order
+    assert np.abs(y - np.asarray(x, np.float64) @ np.asarray(w, np.float64)).max() > 1e-2, "it does round"
+
+
+def test_results_have_the_types_of_what_they_belong_to(operands):
+    x, w, dy = (a.astype(jnp.bfloat16) for a in operands)
+    y, vjp = jax.vjp(lambda x, w: dot(x, w, key=KEY), x, w)
+    assert [a.dtype for a in (y, *vjp(dy))] == [jnp.bfloat16] * 3
+    y, vjp = jax.vjp(lambda x, w: dot(x, w, key=KEY), x, w.astype(jnp.float32))
+    assert vjp(dy)[1].dtype == jnp.float32
+
+
+def test_values_by_hand():
+    """The largest number of E4M3 is 448, that of E5M2 57344; from 2 to 4 its steps are halves."""
+    q = to_fp8(jnp.array([2.2, -1.1, 0.0]), E4M3)
+    assert q.values.tolist() == [448, -224, 0]
+    assert q.scale == pytest.approx(2.2 / 448)
+    assert to_fp8(jnp.array([57344.0, 3.3]), E5M2).values.tolist() == [57344, 3.5]
+
+
+@pytest.mark.parametrize("dtype", [E4M3, E5M2])
+def test_any_finite_tensor_stays_finite(dtype):
+    for x in (np.zeros(4), [1e-38, -1e-38], [3e38, -1.0], np.random.default_rng(1).standard_normal(999) * 1e5):
+        q = to_fp8(jnp.asarray(x, jnp.float32), dtype)
+        back = np.asarray(q.values, np.float32) * np.asarray(q.scale)
+        assert np.isfinite(back).all()
+        assert np.abs(back).max() == pytest.approx(np.abs(x).max(), rel=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_not_hidden(operands, bad):
+    x, w, _ = operands
+    assert np.isnan(dot(x.at[0, 3, 5].set(bad), w, key=KEY)).all()
