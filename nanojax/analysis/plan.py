@@ -108,7 +108,8 @@ def expected_seconds(ops: tuple[Op, ...], peak_flops: float, bandwidth: float) -
     for op in ops:
         if op.flops:
             reached = ATTENTION_REACHED if group_of(op) == ATTENTION else PRODUCTS_REACHED
-            total += op.times * op.flops / (peak_flops * reached)
+            peak = 2 * peak_flops if op.target.endswith("$f8") else peak_flops  # 8 bits are multiplied twice as fast
+            total += op.times * op.flops / (peak * reached)
         else:
             total += op.times * op.bytes / (bandwidth * BANDWIDTH_REACHED)
     return total

@@ -8,22 +8,20 @@ by package. A study that was stopped goes on where it was; with --share i/n, n p
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import statistics
 import sys
-import sysconfig
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from study import Study, carry_out, spread, trained
+
 from nanojax.cli import parse
-from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
-from nanojax.data.corpus import COLUMN, MANIFEST
-from nanojax.errors import UserError, run_main
-from nanojax.sizes import count_parameters, resolve
+from nanojax.config import Config
+from nanojax.errors import run_main
+from nanojax.sizes import resolve
 
 CONTROL = "3 bits, groups of 128"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -36,105 +34,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4 g256": dict(precision="int4", int4_group=256),
     CONTROL: {},
 }
-HELD_OUT = 16  # one package in so many validates
-LARGEST_FILE = 2**20  # bytes; beyond it lie tables
-TIMED_STEPS = 50  # between two looks at the clock
-DROPPED = 2  # of those stretches, the first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What to train, how often, and where."""
-
-    out: str
-    """Folder of the results, the table and the picture."""
-    text: str | None = None
-    """Folder of .jsonl files; None: the installed packages, gathered into a folder below the cache."""
-    tokenizer: str | None = None
-    """None: one is trained on the text."""
-    cache: str = "~/.cache/nanojax"
-    """As --data.cache of nanojax train."""
-    depth: int = 8
-    """Layers."""
-    d_model: int | None = None
-    """Width, a multiple of 256 for groups of 256."""
-    seq_len: int = 512
-    """Tokens in a row."""
-    vocab_size: int = 8192
-    """Of the tokenizer that is trained."""
-    batch_tokens: int = 2**16
-    """Tokens a step."""
-    tokens: int = 50_000_000
-    """Tokens a run."""
-    eval_tokens: int = 2**21
-    """Validation tokens."""
-    seeds: int = 3
-    """Runs of each variant."""
-    share: str = "0/1"
-    """i/n: this process takes every n-th run, from the i-th on."""
-    minutes: float = 1e9
-    """Start no run that would not end within this time; 0 only prepares the data."""
 
 
 def main(argv: Sequence[str]) -> None:
     """Run what is not done yet, then write table and picture."""
     began = time.monotonic()
     study = parse(Study, argv, prog="fp4_study.py", description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    out = Path(study.out)
-    out.mkdir(parents=True, exist_ok=True)
-    text = study.text or str(gather(Path(study.cache).expanduser() / "packages"))
-    base = Config(
-        model=ModelConfig(depth=study.depth, d_model=study.d_model, seq_len=study.seq_len, vocab_size=study.vocab_size),
-        train=TrainConfig(steps=round(study.tokens / study.batch_tokens), batch_tokens=study.batch_tokens, eval_tokens=study.eval_tokens),
-        data=DataConfig(path=text, tokenizer=study.tokenizer, cache=study.cache, packing="concat"),
-    )
-    share, of = map(int, study.share.split("/"))
-    todo = [(name, seed) for seed in range(study.seeds) for name in VARIANTS][share::of]
-    done = {(record["variant"], record["seed"]) for record in records(out)}
-    run = runner(base)
-    longest = 0.0
-    for name, seed in todo:
-        left = study.minutes * 60 - (time.monotonic() - began)
-        if (name, seed) in done or left < 1.3 * longest or study.minutes == 0:
-            continue
-        at = time.monotonic()
-        record = run(name, seed)
-        longest = max(longest, time.monotonic() - at)
-        with (out / f"results-{share}.jsonl").open("a") as lines:
-            lines.write(json.dumps(record) + "\n")
-        print(f"{name}, seed {seed}: {record['bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step", flush=True)
-    if found := list(records(out)):
+    if found := carry_out(study, list(VARIANTS), runner(study.base), began):
+        out = Path(study.out)
         (out / "table.md").write_text(table(found))
         print(table(found))
         draw(found, out / "fp4_study.png")
-
-
-def gather(folder: Path) -> Path:
-    """The .py files of the installed packages as train.jsonl and val.jsonl, no file twice, no package in both."""
-    if (folder / MANIFEST).is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    root, seen = Path(sysconfig.get_path("purelib")), set()
-    with (folder / "train.jsonl").open("w") as train, (folder / "val.jsonl").open("w") as val:
-        for file in sorted(root.rglob("*.py")):
-            if not file.is_file() or file.stat().st_size > LARGEST_FILE:
-                continue
-            content = file.read_bytes()
-            if (mark := hashlib.sha256(content).digest()) in seen:
-                continue
-            seen.add(mark)
-            package = file.relative_to(root).parts[0].removesuffix(".py")
-            held_out = hashlib.sha256(package.encode()).digest()[0] % HELD_OUT == 0
-            text = content.decode("utf-8", errors="replace").replace("\0", "")
-            (val if held_out else train).write(json.dumps({COLUMN: text}) + "\n")
-    (folder / MANIFEST).write_text(json.dumps({"files": ["train.jsonl", "val.jsonl"], "validation": "val.jsonl"}))
-    return folder
-
-
-def records(out: Path) -> Iterator[dict[str, Any]]:
-    """Every run that is done, of all processes."""
-    for file in sorted(out.glob("results-*.jsonl")):
-        yield from map(json.loads, file.read_text().splitlines())
 
 
 def three_bits(params: dict[str, Any], dtype: Any) -> dict[str, Any]:
@@ -156,11 +66,8 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
     """(variant, seed) -> the record of one run, programs compiled once a variant."""
     import jax
 
-    from nanojax.data.loader import Loader
-    from nanojax.data.packing import load_or_make
     from nanojax.data.shards import prepare
     from nanojax.evals.bpb import validator
-    from nanojax.mesh import batch_sharding
     from nanojax.program import DTYPES, formats, keep_compiled_programs, make_program
 
     keep_compiled_programs(base.data.cache)
@@ -174,56 +81,17 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
         return make_program(config, jax.devices()[:1], prepare=control)
 
     def run(name: str, seed: int) -> dict[str, Any]:
-        program, seq_len = variant(name), base.model.seq_len
-        plan = load_or_make(data.train, seq_len=seq_len, packing="concat", seed=seed)
-        loader = Loader(
-            data.train,
-            plan,
-            rows_per_step=program.rows * program.accumulation,
-            accum=program.accumulation,
-            sharding=batch_sharding(program.mesh),
-            seed=seed,
-            n_vocab=data.tokenizer.n_vocab,
-        )
+        program, post = variant(name), {}
         with jax.set_mesh(program.mesh):
-            state, seconds = train(program, loader, program.init(jax.random.key(seed)))
-            loader.close()
+            state, facts = trained(program, data, seed)
             validate = validator(program, data)
             final = validate(program.phases[0].prepare(state.params))
-            post = {}
             if name == "bf16":
                 others = [other for other in VARIANTS if other != name]
                 post = {other: validate(variant(other).phases[0].prepare(state.params)).bpb for other in others}
-        seen = {"variant": name, "seed": seed, "bpb": final.bpb, "post_training": post, "step_ms": 1e3 * seconds}
-        return (
-            seen | {"skipped": int(state.skipped), "device": jax.devices()[0].device_kind} | sizes_of(program.config, plan.rows * seq_len)
-        )
+        return {"variant": name, "seed": seed, "bpb": final.bpb, "post_training": post} | facts
 
     return run
-
-
-def sizes_of(config: Config, corpus_tokens: int) -> dict[str, Any]:
-    """How long a run is, next to its model and its data."""
-    size, tokens = count_parameters(config.model), config.steps * config.batch_tokens
-    length = {"steps": config.steps, "tokens": tokens, "epochs": tokens / corpus_tokens}
-    return length | {"parameters": size.total, "tokens_per_parameter": tokens / size.scaling}
-
-
-def train(program: Any, loader: Any, state: Any) -> tuple[Any, float]:
-    """(last state, median seconds a step); the clock is read every TIMED_STEPS, and the first stretches are dropped."""
-    import jax
-
-    stretches, at = [], time.perf_counter()
-    for number in range(1, program.config.steps + 1):
-        state, metrics = program.phases[0].train_step(state, next(loader))
-        if number % TIMED_STEPS == 0:
-            jax.block_until_ready(metrics)
-            now, at = time.perf_counter() - at, time.perf_counter()
-            stretches.append(now / TIMED_STEPS)
-    jax.block_until_ready(state)
-    if not stretches:
-        raise UserError(f"a run of {program.config.steps} steps is too short to time; give --tokens for {TIMED_STEPS} steps or more")
-    return state, statistics.median(stretches[DROPPED:] or stretches)
 
 
 def gaps(found: list[dict[str, Any]], name: str, post: bool) -> list[float]:
@@ -232,14 +100,6 @@ def gaps(found: list[dict[str, Any]], name: str, post: bool) -> list[float]:
     if post:
         return [100 * (r["post_training"][name] / r["bpb"] - 1) for r in base.values() if name in r["post_training"]]
     return [100 * (r["bpb"] / base[r["seed"]]["bpb"] - 1) for r in found if r["variant"] == name and r["seed"] in base]
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard deviation, in words."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
 def table(found: list[dict[str, Any]]) -> str:
