@@ -119,19 +119,23 @@ class Program(Site):
         with attention_told():
             return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
 
-    def compile_step(self, step: int = 1) -> jax.stages.Compiled:
-        """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.
-
-        Raises UserError on devices that the precision cannot be trained on.
-        """
-        from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
-
+    def require_trainable(self) -> None:
+        """Raise UserError on devices that the precision cannot be trained on."""
         if self.precision == "fp8" and (self.platform != "gpu" or float(self.request.capability or 9) < 9):
             device = self.mesh.devices.flat[0].device_kind
             raise UserError(
                 f"precision=fp8 is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
                 "choose --precision bf16"
             )
+
+    def compile_step(self, step: int = 1) -> jax.stages.Compiled:
+        """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.
+
+        Raises UserError as `require_trainable` does.
+        """
+        from nanojax.data.loader import Batch  # here: a program that only samples needs no grain
+
+        self.require_trainable()
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))

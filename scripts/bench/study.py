@@ -5,8 +5,10 @@ A study that was stopped goes on where it was; with --share i/n, n processes on 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 import statistics
 import sysconfig
 import time
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanojax.checks import require_positive
 from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
 from nanojax.data.corpus import COLUMN, MANIFEST
 from nanojax.errors import UserError
@@ -59,6 +62,15 @@ class Study:
     minutes: float = 1e9
     """Start no run that would not end within this time; 0 only prepares the data."""
 
+    def __post_init__(self) -> None:
+        if not (found := re.fullmatch(r"(\d+)/(\d+)", self.share)) or not int(found[1]) < int(found[2]):
+            raise UserError(f"share={self.share} must be i/n with i below n; for one process leave it out")
+        for name in ("batch_tokens", "eval_tokens", "seeds"):
+            require_positive(name, getattr(self, name))
+        if self.tokens < self.batch_tokens * TIMED_STEPS:
+            least = self.batch_tokens * TIMED_STEPS
+            raise UserError(f"tokens={self.tokens} must be {TIMED_STEPS} steps or more, which are timed together; give --tokens {least}")
+
     @property
     def base(self) -> Config:
         """What every variant changes something of."""
@@ -75,6 +87,7 @@ def carry_out(study: Study, names: Sequence[str], run: Callable[[str, int], dict
     """Records of every run that is done, after those that were not and that the time allows."""
     out = Path(study.out)
     out.mkdir(parents=True, exist_ok=True)
+    require_same(study, out / "study.json")
     share, of = map(int, study.share.split("/"))
     todo = [(name, seed) for seed in range(study.seeds) for name in names][share::of]
     done = {(record["variant"], record["seed"]) for record in records(out)}
@@ -90,6 +103,16 @@ def carry_out(study: Study, names: Sequence[str], run: Callable[[str, int], dict
             lines.write(json.dumps(record) + "\n")
         print(f"{name}, seed {seed}: {record['bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step", flush=True)
     return list(records(out))
+
+
+def require_same(study: Study, file: Path) -> None:
+    """Raise UserError where a folder holds runs of another study; keep what this one is in a new folder."""
+    own = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("out", "cache", "seeds", "share", "minutes")}
+    if not file.is_file():
+        file.write_text(json.dumps(own))
+    kept = json.loads(file.read_text())
+    if changed := [f"{name} {kept.get(name)} -> {value}" for name, value in own.items() if kept.get(name) != value]:
+        raise UserError(f"{file.parent} holds the runs of another study, changed are {', '.join(changed)}; give another --out")
 
 
 def trained(program: Any, data: Any, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -164,8 +187,6 @@ def train(program: Any, loader: Any, state: Any) -> tuple[Any, float]:
             now, at = time.perf_counter() - at, time.perf_counter()
             stretches.append(now / TIMED_STEPS)
     jax.block_until_ready(state)
-    if not stretches:
-        raise UserError(f"a run of {program.config.steps} steps is too short to time; give --tokens for {TIMED_STEPS} steps or more")
     return state, statistics.median(stretches[DROPPED:] or stretches)
 
 
