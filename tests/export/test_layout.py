@@ -85,7 +85,7 @@ def test_a_run_of_the_full_recipe_that_left_4_bits_may_be_packed_in_another_form
     assert (train.precision, train.int4_group, train.fp4_until, train.fp4_recipe, train.fp4_skip_last) == ("int4", 128, 1.0, "weights", 1)
 
 
-@pytest.mark.parametrize(("format", "group", "words"), [("int4", 128, "d_model=64"), ("int4", 100, "int4_group=100"), ("fp8", None, "fp8")])
+@pytest.mark.parametrize(("format", "group", "words"), [("int4", 128, "d_model=64"), ("int4", 100, "int4_group=100"), ("fp3", None, "fp3")])
 def test_a_format_that_does_not_fit_the_model_is_refused_by_the_configs_own_check(format, group, words):
     config = Config(model=ModelConfig(depth=1, d_model=64, head_dim=16, seq_len=64), train=TrainConfig(seed=LARGEST - 1))
     with pytest.raises(UserError, match=words):
