@@ -64,7 +64,29 @@ def test_studies_that_cannot_be_are_refused(changed, words, tmp_path):
 
 def test_a_folder_keeps_to_one_study(tmp_path):
     one = study.Study(out=str(tmp_path), minutes=0)
-    study.require_same(one, tmp_path / "study.json")
-    study.require_same(dataclasses.replace(one, seeds=9, share="1/2"), tmp_path / "study.json")
+    study.require_same(dataclasses.replace(one, depth=3), "ablate", tmp_path)  # of which no run was made
+    study.require_same(one, "ablate", tmp_path)()
+    study.require_same(dataclasses.replace(one, seeds=9, share="1/2"), "ablate", tmp_path)
     with pytest.raises(UserError, match=r"holds the runs of another study, changed are depth 8 -> 4; give another --out"):
-        study.require_same(dataclasses.replace(one, depth=4), tmp_path / "study.json")
+        study.require_same(dataclasses.replace(one, depth=4), "ablate", tmp_path)
+    with pytest.raises(UserError, match=r"script ablate -> fp4_study"):
+        study.require_same(one, "fp4_study", tmp_path)
+
+
+def test_a_study_goes_on_where_it_was_even_after_a_torn_line(tmp_path, capsys):
+    one, ran = study.Study(out=str(tmp_path), seeds=2), []
+
+    def run(name: str, seed: int) -> dict:
+        ran.append((name, seed))
+        return dict(variant=name, seed=seed, bpb=1.0, step_ms=1.0)
+
+    assert len(study.carry_out(one, "x", ["a"], run, 0.0)) == 2
+    file = tmp_path / "results-0.jsonl"
+    file.write_text(file.read_text()[:-9])
+    found = study.carry_out(dataclasses.replace(one, minutes=1e12), "x", ["a", "b"], run, 0.0)
+    assert ran[2:] == [("b", 0), ("a", 1), ("b", 1)]
+    assert [(r["variant"], r["seed"]) for r in found] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert "cut off" in capsys.readouterr().out
+    (tmp_path / "study.json").unlink()
+    with pytest.raises(UserError, match="another study"):
+        study.carry_out(one, "x", ["a"], run, 0.0)

@@ -39,8 +39,8 @@ def fp8_dot(x_BTI: Float[Array, "B T I"], w_IO: Float[Array, "I O"], *, name: st
 def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     """The nearest values on the grid of an 8-bit type whose largest number is that of x; NaN where x is not finite."""
     top = float(jnp.finfo(dtype).max)
-    most = jnp.max(jnp.abs(x)).astype(jnp.float32)
-    scale = jnp.where(most == 0, 1.0, most / top)
+    # No smaller than a normal number: processors that flush denormals would divide by zero.
+    scale = jnp.maximum(jnp.max(jnp.abs(x)).astype(jnp.float32) / top, jnp.finfo(jnp.float32).tiny)
     # Cut off: the largest number, times a scale that was rounded, may lie beyond the grid, where E4M3 has nothing but NaN.
     return Scaled(jnp.clip(x.astype(jnp.float32) / scale, -top, top).astype(dtype), scale)
 
@@ -49,7 +49,7 @@ def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
     """An einsum of two in 8 bits, summed in float32, in `dtype`."""
     # Operands go in as they are. Widened first, they would be given back by XLA as they were before they were narrowed.
     y = jnp.einsum(subscripts, a.values, b.values, preferred_element_type=dtype)
-    return (y * (a.scale * b.scale)).astype(dtype)
+    return (y * a.scale * b.scale).astype(dtype)  # not by their product, which may be too small for float32
 
 
 @jax.custom_vjp

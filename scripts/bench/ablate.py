@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
             print(f"left out: {name}: {reason}")
         else:
             names.append(name)
-    if found := carry_out(study, names, runner(base), began):
+    if found := carry_out(study, "ablate", names, runner(base), began):
         out = Path(study.out)
         (out / "table.md").write_text(table(found))
         print(table(found))
@@ -74,10 +74,18 @@ def refusal(config: Config | UserError) -> str | None:
     if isinstance(config, UserError):
         return str(config)
     try:
-        make_program(resolve(config, config.model.vocab_size), jax.devices()[:1]).require_trainable()
+        for times in (1, 2):
+            make_program(resolve(lengthened(config, times), config.model.vocab_size), jax.devices()[:1]).require_trainable()
     except UserError as error:
         return str(error)
     return None
+
+
+def lengthened(config: Config, times: int) -> Config:
+    """For as many rows, so many times as long."""
+    model = dataclasses.replace(config.model, seq_len=times * config.model.seq_len)
+    train = dataclasses.replace(config.train, batch_tokens=times * (config.train.batch_tokens or 0) or None)
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
@@ -96,8 +104,7 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
         """Of a variant, for rows of so many times the trained length."""
         config = variants(base)[name]
         assert isinstance(config, Config), "refused variants are left out"
-        model = dataclasses.replace(config.model, seq_len=times * config.model.seq_len)
-        return make_program(resolve(dataclasses.replace(config, model=model), data.tokenizer.n_vocab), jax.devices()[:1])
+        return make_program(resolve(lengthened(config, times), data.tokenizer.n_vocab), jax.devices()[:1])
 
     def run(name: str, seed: int) -> dict[str, Any]:
         program, longer = program_of(name), program_of(name, 2)

@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     """Run what is not done yet, then write table and picture."""
     began = time.monotonic()
     study = parse(Study, argv, prog="fp4_study.py", description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    if found := carry_out(study, list(VARIANTS), runner(study.base), began):
+    if found := carry_out(study, "fp4_study", list(VARIANTS), runner(study.base), began):
         out = Path(study.out)
         (out / "table.md").write_text(table(found))
         print(table(found))
@@ -79,6 +79,9 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
         config = resolve(replace(base, train=replace(base.train, **VARIANTS[name])), data.tokenizer.n_vocab)
         control = functools.partial(three_bits, dtype=DTYPES[compute]) if name == CONTROL else None
         return make_program(config, jax.devices()[:1], prepare=control)
+
+    for name in VARIANTS:  # what does not fit is told before anything is trained
+        variant(name)
 
     def run(name: str, seed: int) -> dict[str, Any]:
         program, post = variant(name), {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import statistics
 import sysconfig
@@ -83,15 +84,18 @@ class Study:
         )
 
 
-def carry_out(study: Study, names: Sequence[str], run: Callable[[str, int], dict[str, Any]], began: float) -> list[dict[str, Any]]:
-    """Records of every run that is done, after those that were not and that the time allows."""
+def carry_out(
+    study: Study, kind: str, names: Sequence[str], run: Callable[[str, int], dict[str, Any]], began: float
+) -> list[dict[str, Any]]:
+    """Records of every run that is done, after those that were not and that the time allows. `kind` is the script."""
     out = Path(study.out)
     out.mkdir(parents=True, exist_ok=True)
-    require_same(study, out / "study.json")
+    keep = require_same(study, kind, out)
     share, of = map(int, study.share.split("/"))
     todo = [(name, seed) for seed in range(study.seeds) for name in names][share::of]
     done = {(record["variant"], record["seed"]) for record in records(out)}
-    longest = 0.0
+    own, longest = out / f"results-{share}.jsonl", 0.0
+    torn = own.is_file() and not own.read_text().endswith("\n")  # it was killed while it wrote
     for name, seed in todo:
         left = study.minutes * 60 - (time.monotonic() - began)
         if (name, seed) in done or left < 1.3 * longest or study.minutes == 0:
@@ -99,20 +103,29 @@ def carry_out(study: Study, names: Sequence[str], run: Callable[[str, int], dict
         at = time.monotonic()
         record = run(name, seed)
         longest = max(longest, time.monotonic() - at)
-        with (out / f"results-{share}.jsonl").open("a") as lines:
-            lines.write(json.dumps(record) + "\n")
+        keep()
+        with own.open("a") as lines:
+            lines.write("\n" * torn + json.dumps(record) + "\n")
+        torn = False
         print(f"{name}, seed {seed}: {record['bpb']:.4f} bits per byte, {record['step_ms']:.1f} ms a step", flush=True)
     return list(records(out))
 
 
-def require_same(study: Study, file: Path) -> None:
-    """Raise UserError where a folder holds runs of another study; keep what this one is in a new folder."""
-    own = {name: value for name, value in dataclasses.asdict(study).items() if name not in ("out", "cache", "seeds", "share", "minutes")}
-    if not file.is_file():
-        file.write_text(json.dumps(own))
-    kept = json.loads(file.read_text())
+def require_same(study: Study, kind: str, out: Path) -> Callable[[], None]:
+    """Raise UserError where a folder holds runs of another study. The function made, for the first run, writes down which one this is."""
+    own: dict[str, Any] = {"script": kind} | dataclasses.asdict(study)
+    own = {name: value for name, value in own.items() if name not in ("out", "cache", "seeds", "share", "minutes")}
+    file = out / "study.json"
+    kept = json.loads(file.read_text()) if file.is_file() else {} if any(out.glob("results-*.jsonl")) else own
     if changed := [f"{name} {kept.get(name)} -> {value}" for name, value in own.items() if kept.get(name) != value]:
-        raise UserError(f"{file.parent} holds the runs of another study, changed are {', '.join(changed)}; give another --out")
+        raise UserError(f"{out} holds the runs of another study, changed are {', '.join(changed)}; give another --out")
+
+    def keep() -> None:
+        new = file.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(own))
+        new.replace(file)
+
+    return keep
 
 
 def trained(program: Any, data: Any, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -165,7 +178,11 @@ def gather(folder: Path) -> Path:
 def records(out: Path) -> Iterator[dict[str, Any]]:
     """Every run that is done, of all processes."""
     for file in sorted(out.glob("results-*.jsonl")):
-        yield from map(json.loads, file.read_text().splitlines())
+        for line in file.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                print(f"left out: a line of {file} that was cut off")
 
 
 def sizes_of(config: Config, corpus_tokens: int) -> dict[str, Any]:
