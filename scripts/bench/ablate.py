@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from study import Study, carry_out, spread, trained
+from study import Study, carry_out, new_figure, spread, trained
 
 from nanojax.cli import parse
 from nanojax.config import Config
@@ -147,15 +147,9 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def draw(found: list[dict[str, Any]], target: Path) -> None:
     """Gaps to the base, every seed a point, their mean a bar; the base's own spread over seeds a band."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no picture: {target.name} needs matplotlib; pip install 'nanojax[viz]'")
-        return
     names = [name for name in dict.fromkeys(r["variant"] for r in found) if name != BASE and gaps(found, name)]
-    if not names:
+    if not names or not (figure := new_figure(target, 9, 1.2 + 0.4 * len(names))):
         return
-    figure = Figure(figsize=(9, 1.2 + 0.4 * len(names)), layout="constrained")
     axes = figure.add_subplot()
     for at, name in enumerate(names):
         values = gaps(found, name)

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from study import Study, carry_out, spread, trained
+from study import Study, carry_out, new_figure, spread, trained
 
 from nanojax.cli import parse
 from nanojax.config import Config
@@ -128,15 +128,9 @@ def table(found: list[dict[str, Any]]) -> str:
 
 def draw(found: list[dict[str, Any]], target: Path) -> None:
     """Gaps by variant, every seed a point, their mean a bar; trained in the format beside quantised after training."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no picture: {target.name} needs matplotlib; pip install 'nanojax[viz]'")
-        return
     names = [name for name in VARIANTS if name != "bf16" and gaps(found, name, False)]
-    if not names:
+    if not names or not (figure := new_figure(target, 9, 4.5)):
         return
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for post, colour, label in ((False, "tab:blue", "trained in the format"), (True, "tab:orange", "quantised after training in bf16")):
         for at, name in enumerate(names):

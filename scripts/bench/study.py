@@ -213,3 +213,13 @@ def spread(values: list[float], digits: int) -> str:
         return "-"
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def new_figure(target: Path, width: float, height: float) -> Any:
+    """An empty figure, or None where there is no matplotlib, which is said."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no picture: {target.name} needs matplotlib; pip install 'nanojax[viz]'")
+        return None
+    return Figure(figsize=(width, height), layout="constrained")

@@ -157,7 +157,7 @@ def test_a_backend_on_a_gpu_agrees_with_the_reference_forward_and_backward(name,
     case = (heads, window, documents, size)
     refused = REFUSALS[name](cell(*case))
     if name == "cudnn" and documents is not None:
-        assert refused is not None
+        assert "segments" in (refused or ""), "its public API has none"
         return
     assert refused is None
     assert too_far(compiled()[name, *case]()) == {}
