@@ -134,18 +134,19 @@ def one_token(
     def feed(w: Matrix) -> Feed:
         return feed_of(w) if few else AS_IS
 
-    cos_B1H, sin_B1H = rope_table(position_B[:, None], c.head_dim, c.rope_base)
-    rope = (cos_B1H[:, 0, : c.head_dim // 2], sin_B1H[:, 0, : c.head_dim // 2])
+    rope_2BC = jnp.stack([table_B1H[:, 0, : c.head_dim // 2] for table_B1H in rope_table(position_B[:, None], c.head_dim, c.rope_base)])
     x_BD = fused.embedding_VD[token_B]
     x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
     fed_BD = feed(fused.layers[0].qkv).of(x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None], dtype)
     following = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
-    written = []
+    written, came_BK = [], jnp.zeros((len(token_B), c.kv_heads), jnp.int32)
     for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, following, strict=True)):
         with jax.named_scope(f"block_{i}"):
             qkv_BYH = product(fed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
-            new = NewTokens(qkv_BYH, rope, position_B, valid_B)
-            y_BX, cache = decode_attention(new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), interpret=interpret)
+            new = NewTokens(qkv_BYH, rope_2BC, position_B, valid_B, came_BK)
+            y_BX, cache, came_BK = decode_attention(
+                new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), interpret=interpret
+            )
             written.append(cache)
             add = Around(stream_BO=x_BD, gain_O=layer.norms[1], feed=feed(layer.up))
             x_BD, fed_BD = product(y_BX, layer.o, add, dtype=dtype)

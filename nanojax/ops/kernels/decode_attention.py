@@ -30,30 +30,34 @@ class NewTokens(NamedTuple):
 
     qkv_BYH: Float[Array, "B Y H"]
     """Queries, keys, values."""
-    rope_BC: tuple[Float[Array, "B C"], Float[Array, "B C"]]
+    rope_2BC: Float[Array, "2 B C"]
     """The first halves of what `rope_table` makes: cosine, and minus sine."""
     position_B: Int[Array, " B"]
     valid_B: Bool[Array, " B"]
     """Whether the token is to be in the cache. What one sees that is not means nothing."""
+    came_BK: Int[Array, "B K"]
+    """Zeros, in which instances that share a head count who is done. Handed from layer to layer: zeroing takes as long as joining."""
 
 
 Gains = tuple[Float[Array, " H"], Float[Array, " H"]]
 """Of the norms on queries and keys."""
 
 
-def decode_attention_reference(new: NewTokens, cache: Cache, gains: Gains | None, *, window: int | None = None, feed: Feed = AS_IS):
+def decode_attention_reference(
+    new: NewTokens, cache: Cache, gains: Gains | None, *, window: int | None = None, feed: Feed = AS_IS
+) -> tuple[Array, Cache, Array]:
     """`decode_attention` by the functions that prompts are read with."""
     kv_heads = cache.k_BKSH.shape[1]
     cuts = (new.qkv_BYH.shape[1] - 2 * kv_heads, new.qkv_BYH.shape[1] - kv_heads)
     q_B1NH, k_B1KH, v_B1KH = (x[:, None] for x in jnp.split(new.qkv_BYH, cuts, axis=1))
     if gains is not None:
         q_B1NH, k_B1KH = rms_norm(q_B1NH, gains[0]), rms_norm(k_B1KH, gains[1])
-    cos_BC, minus_sin_BC = new.rope_BC
+    cos_BC, minus_sin_BC = new.rope_2BC
     rope = (jnp.concatenate([cos_BC, cos_BC], axis=1)[:, None], jnp.concatenate([minus_sin_BC, -minus_sin_BC], axis=1)[:, None])
     q_B1NH, k_B1KH = rotate(q_B1NH, rope), rotate(k_B1KH, rope)
     y_B1NH, cache = cached_attention(q_B1NH, k_B1KH, v_B1KH, cache, new.position_B[:, None], new.valid_B[:, None], window)
     y_BX = y_B1NH.reshape(len(y_B1NH), -1)
-    return feed.of(y_BX, y_BX.dtype).astype(y_BX.dtype), cache
+    return feed.of(y_BX, y_BX.dtype).astype(y_BX.dtype), cache, new.came_BK
 
 
 def best_parts(instances: int, slots: int) -> int:
@@ -73,65 +77,40 @@ def decode_attention(
     feed: Feed = AS_IS,
     parts: int | None = None,
     interpret: bool = False,
-) -> tuple[Float[Array, "B X"], Cache]:
-    """(what each new token sees, the cache with it in it where valid), like `cached_attention` of one token.
+) -> tuple[Float[Array, "B X"], Cache, Int[Array, "B K"]]:
+    """(what each new token sees, the cache with it in it where valid, `came_BK` as it was), like `cached_attention` of one token.
 
     No `gains`: there are no norms. `feed`: of the matrix that takes the result. `parts`, a power of two: instances that share a head's
-    slots. The cache is written in place where its buffer is donated.
+    slots; the last of them joins what they found. The cache and `came_BK` are written in place where donated.
     """
     batch, heads, size = new.qkv_BYH.shape
     _, kv_heads, slots, _ = cache.k_BKSH.shape
     queries = heads - 2 * kv_heads
     parts = parts or best_parts(batch * kv_heads, slots)
-    arrays = [new.qkv_BYH, *new.rope_BC, *(gains or ()), new.position_B.astype(jnp.int32), new.valid_B.astype(jnp.int32), *cache]
+    arrays = [new.qkv_BYH, new.rope_2BC, *(gains or ()), new.position_B.astype(jnp.int32), new.valid_B.astype(jnp.int32)]
+    arrays += [*cache, new.came_BK]
 
     def whole(x: Any) -> pl.BlockSpec:
         return pl.BlockSpec(x.shape, lambda b, k, p: (0,) * len(x.shape))
 
-    dtype = new.qkv_BYH.dtype
-    results = [jax.ShapeDtypeStruct((batch, queries * size), dtype)] if parts == 1 else _partial_shapes(batch, queries, parts, size)
-    results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in cache]
-    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, feed)
-    *made, k_BKSH, v_BKSH = pl.pallas_call(
+    results = [jax.ShapeDtypeStruct((batch, queries * size), new.qkv_BYH.dtype)]
+    if parts > 1:  # largest score and sum of weights of each part and head, weighted values in the order of the result
+        sums = jax.ShapeDtypeStruct((batch, parts, queries), jnp.float32)
+        results += [sums, sums, jax.ShapeDtypeStruct((batch, parts, queries * size), jnp.float32)]
+    results += [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*cache, new.came_BK)]
+    job = _Job(gains is not None, queries // kv_heads, kv_heads, size // 2, slots, window, parts, feed, interpret)
+    y_BX, *_, k_BKSH, v_BKSH, came_BK = pl.pallas_call(
         functools.partial(_kernel, job),
         out_shape=results,
         grid=(batch, kv_heads, parts),
         in_specs=[whole(x) for x in arrays],
         out_specs=[whole(x) for x in results],
-        input_output_aliases={len(arrays) - 2: len(results) - 2, len(arrays) - 1: len(results) - 1},
+        input_output_aliases={len(arrays) - n: len(results) - n for n in (1, 2, 3)},
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name="decode_attention",
         interpret=interpret,
     )(*arrays)
-    if parts > 1:
-        made = pl.pallas_call(
-            functools.partial(_join, feed),
-            out_shape=[jax.ShapeDtypeStruct((batch, queries * size), dtype)],
-            grid=(batch, queries),
-            compiler_params=triton.CompilerParams(num_warps=2, num_stages=1),
-            name="decode_attention_join",
-            interpret=interpret,
-        )(*made)
-    return made[0], Cache(k_BKSH, v_BKSH)
-
-
-def _partial_shapes(batch: int, queries: int, parts: int, size: int) -> list[jax.ShapeDtypeStruct]:
-    """Largest score and sum of weights of each part and head, weighted values in the order of the result."""
-    sums = jax.ShapeDtypeStruct((batch, parts, queries), jnp.float32)
-    return [sums, sums, jax.ShapeDtypeStruct((batch, parts, queries * size), jnp.float32)]
-
-
-def _join(feed: Feed, most_ref, total_ref, sum_ref, y_ref):
-    """One instance: one head of one row, its parts of a softmax made one."""
-    b, head, parts, heads = pl.program_id(0), pl.program_id(1), most_ref.shape[1], most_ref.shape[2]
-    size = sum_ref.shape[2] // heads
-    at = feed.at(head * size + jnp.arange(size), heads * size)
-    most_P = most_ref[b, :, head]
-    scale_P = jnp.exp(most_P - jnp.max(most_P))
-    total = jnp.sum(total_ref[b, :, head] * scale_P)
-    sums_PH = sum_ref[b, jnp.broadcast_to(jnp.arange(parts)[:, None], (parts, size)), jnp.broadcast_to(at[None], (parts, size))]
-    y = jnp.sum(sums_PH * scale_P[:, None], axis=0)
-    y_ref[b, at] = (y / total * feed.growth).astype(y_ref.dtype)
+    return y_BX, Cache(k_BKSH, v_BKSH), came_BK
 
 
 class _Job(NamedTuple):
@@ -145,15 +124,16 @@ class _Job(NamedTuple):
     window: int | None
     parts: int
     feed: Feed
+    interpret: bool
 
 
-def _kernel(job: _Job, qkv_ref, cos_ref, minus_sin_ref, *refs):
+def _kernel(job: _Job, qkv_ref, rope_ref, *refs):
     """One instance: one key and value head of one row, and a part of its slots."""
     q_gain, k_gain = refs[:2] if job.normed else (None, None)
-    position_ref, valid_ref, k_ref, v_ref, *outs, new_k_ref, new_v_ref = refs[2 * job.normed :]
+    position_ref, valid_ref, k_ref, v_ref, _, y_ref, *part_refs, new_k_ref, new_v_ref, came_ref = refs[2 * job.normed :]
     b, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     halves, dtype, position = (pl.ds(0, job.half), pl.ds(job.half, job.half)), k_ref.dtype, position_ref[b]
-    angle, queries = [table[b, :] for table in (cos_ref, minus_sin_ref)], job.group * job.kv_heads
+    angle, queries = [rope_ref[i, b, :] for i in range(2)], job.group * job.kv_heads
 
     step = min(SLOTS_AT_ONCE, 1 << (job.slots // job.parts).bit_length() - 1)
     turns = -(-job.slots // (step * job.parts))
@@ -197,13 +177,39 @@ def _kernel(job: _Job, qkv_ref, cos_ref, minus_sin_ref, *refs):
         return following, tuple(_softmax_step(x, state, (low, high), values, seen) for x, state in zip(asked, states, strict=True))
 
     _, states = jax.lax.fori_loop(0, (used - part + job.parts - 1) // job.parts, read, (first, states))
-    for g, (most, total, y) in enumerate(states):
-        head = k * job.group + g
-        at = job.feed.at(head * 2 * job.half + jnp.arange(2 * job.half), queries * 2 * job.half)
-        if job.parts > 1:
-            outs[0][b, part, head], outs[1][b, part, head], outs[2][b, part, at] = most, total, y
-        else:
-            outs[0][b, at] = (y / total * job.feed.growth).astype(outs[0].dtype)
+    found = [(k * job.group + g, state) for g, state in enumerate(states)]
+    if job.parts > 1:
+        _join(job, found, part_refs, y_ref, came_ref)
+    else:
+        for head, (_, total, y) in found:
+            y_ref[b, _places(job, head)] = (y / total * job.feed.growth).astype(y_ref.dtype)
+
+
+def _places(job: _Job, head: Any) -> Array:
+    """Where a head's values lie in the result."""
+    size = 2 * job.half
+    return job.feed.at(head * size + jnp.arange(size), job.group * job.kv_heads * size)
+
+
+def _join(job: _Job, found: list[tuple[Any, Any]], part_refs, y_ref, came_ref):
+    """Leaves what an instance found of its heads; the last of those that share them makes one softmax of all their parts."""
+    most_ref, total_ref, sum_ref = part_refs
+    b, k, part = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+    for head, (most, total, y) in found:
+        most_ref[b, part, head], total_ref[b, part, head], sum_ref[b, part, _places(job, head)] = most, total, y
+    if not job.interpret:
+        triton.debug_barrier()  # all threads of the instance have written; the addition then shows it to those that come later
+    came = triton.atomic_add(came_ref, (b, k), jnp.ones((), jnp.int32))
+
+    @pl.when(came == job.parts - 1)
+    def _():
+        came_ref[b, k] = 0
+        for head, _ in found:
+            at, shape = _places(job, head), (job.parts, 2 * job.half)
+            scale_P = jnp.exp(most_ref[b, :, head] - jnp.max(most_ref[b, :, head]))
+            total = jnp.sum(total_ref[b, :, head] * scale_P)
+            sums_PH = sum_ref[b, jnp.broadcast_to(jnp.arange(job.parts)[:, None], shape), jnp.broadcast_to(at[None], shape)]
+            y_ref[b, at] = (jnp.sum(sums_PH * scale_P[:, None], axis=0) / total * job.feed.growth).astype(y_ref.dtype)
 
 
 def _turned(head, gains, angle):

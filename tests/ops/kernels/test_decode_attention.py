@@ -30,9 +30,9 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
         return jnp.asarray(rng.standard_normal(shape), dtype)
 
     position_B = jnp.asarray(at, jnp.int32)
-    cos_B1H, sin_B1H = rope_table(position_B[:, None], size, 1e4)
-    rope = (cos_B1H[:, 0, : size // 2], sin_B1H[:, 0, : size // 2])
-    new = NewTokens(normal(3, heads + 2 * kv_heads, size), rope, position_B, jnp.ones(3, bool))
+    rope_2BC = jnp.stack([table_B1H[:, 0, : size // 2] for table_B1H in rope_table(position_B[:, None], size, 1e4)])
+    none_came = jnp.zeros((3, kv_heads), jnp.int32)
+    new = NewTokens(normal(3, heads + 2 * kv_heads, size), rope_2BC, position_B, jnp.ones(3, bool), none_came)
     cache = Cache(normal(3, kv_heads, slots, size), normal(3, kv_heads, slots, size))
     return new, cache, (1 + 0.1 * normal(size), 1 + 0.1 * normal(size)), window
 
@@ -52,7 +52,8 @@ def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, par
 
 def test_a_token_that_is_not_valid_is_not_written():
     new, cache, gains, _ = make(4, 2, 16, "full", jnp.float32)
-    _, written = decode_attention(new._replace(valid_B=jnp.array([True, False, True])), cache, gains, interpret=True)
+    new = new._replace(valid_B=jnp.array([True, False, True]))
+    _, written, _ = decode_attention(new, cache, gains, interpret=True)
     changed = [(np.asarray(a) != np.asarray(b)).any(axis=(1, 3)) for a, b in zip(cache, written, strict=True)]
     for slots in changed:
         assert [np.flatnonzero(row).tolist() for row in slots] == [[0], [], [63]]
