@@ -53,6 +53,8 @@ class Op:
     """Read and written by one execution, if every operand came from memory once."""
     times: float
     """Executions of it in one of the program."""
+    wrapped: str = ""
+    """The name of the custom call that a fusion wraps, by which the profiler knows it; else empty."""
 
     @property
     def collective(self) -> bool:
@@ -171,11 +173,13 @@ def _run(computations: dict[str, Computation], name: str, times: float) -> Itera
 
 def _op(instruction: _Instruction, within: Computation, inner: Computation, times: float) -> Op:
     parts = [(part, inner) for part in inner.values()] or [(instruction, within)]
+    called = next((part for part, _ in parts if _target(part)), None)
     scope = _scope(instruction) or next((s for part in reversed(inner.values()) if (s := _scope(part))), "")
     return Op(
         name=instruction.name,
         opcode=instruction.opcode,
-        target=next((target for part, _ in parts if (target := _target(part))), ""),
+        target=_target(called) if called else "",
+        wrapped=called.name if called and inner else "",
         scope=scope,
         flops=sum(_flops(part, around) for part, around in parts),
         bytes=_bytes(instruction, within, inner),

@@ -85,15 +85,15 @@ def make_profile(kernels: Sequence[Kernel], ops: Sequence[Op], steps: int | None
         )
     steps = steps or min(counts)
     own, hidden = own_times(kernels), 0.0
-    known, parted = {op.name: op for op in ops}, {name: len(names) for name, names in _kernels_of(within).items()}
+    known = {name: op for op in ops for name in (op.name, op.wrapped) if name}
+    shares = _shares(kernels, own)
     rows: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0] * 4)
     spans: list[tuple[float, float, str]] = []
-    for kernel, ns in zip(kernels, own, strict=True):
+    for kernel, ns, share in zip(kernels, own, shares, strict=True):
         op = known.get(kernel.op) or known.get(re.sub(r"_(\d+)$", r".\1", kernel.name)) if kernel.module == module else None
         group, part = (OTHER, "") if kernel.module not in (module, "") else _place(kernel, op, bool(ops))
         if kernel.kind in (COMMUNICATION, COPY):
             hidden += kernel.end - kernel.start - ns
-        share = 1 / parted.get(kernel.op, 1)  # an operation may be several kernels
         values = rows[group, part, re.sub(r"([._]\d+)+$", "", kernel.name)]
         for i, value in enumerate((ns / 1e9, 1.0, op.flops * share if op else 0.0, op.bytes * share if op else 0.0)):
             values[i] += value
@@ -115,13 +115,18 @@ def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
     return found
 
 
-def _kernels_of(kernels: Sequence[Kernel]) -> dict[str, set[str]]:
-    """Operation -> the different kernels that it runs."""
-    found: dict[str, set[str]] = defaultdict(set)
-    for kernel in kernels:
-        if kernel.op:
-            found[kernel.op].add(kernel.name)
-    return found
+def _shares(kernels: Sequence[Kernel], own: Sequence[float]) -> list[float]:
+    """For each kernel the part that it has in an execution of its operation, which may be several: by its time."""
+    names: dict[str, set[str]] = defaultdict(set)
+    times: dict[str, float] = defaultdict(float)
+    counts = Counter(kernel.op for kernel in kernels)
+    for kernel, ns in zip(kernels, own, strict=True):
+        names[kernel.op].add(kernel.name)
+        times[kernel.op] += ns
+    return [
+        counts[kernel.op] / len(names[kernel.op]) * ns / times[kernel.op] if kernel.op and times[kernel.op] else 1.0
+        for kernel, ns in zip(kernels, own, strict=True)
+    ]
 
 
 def _place(kernel: Kernel, op: Op | None, program_known: bool) -> tuple[str, str]:

@@ -28,6 +28,13 @@ GPU = """HloModule jit_step
   ROOT %new = f32[8,64]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %zero.1)
 }
 
+%fused_call (p0.2: bf16[8,16,32], p1.2: bf16[32,64]) -> bf16[16,64] {
+  %p0.2 = bf16[8,16,32]{2,1,0} parameter(0)
+  %p1.2 = bf16[32,64]{1,0} parameter(1)
+  %flat.1 = bf16[16,32]{1,0} bitcast(%p0.2)
+  ROOT %inner = (bf16[16,64]{1,0}, s8[4096]{0}) custom-call(%flat.1, %p1.2), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
+}
+
 %body (arg: (s32[], bf16[16,32])) -> (s32[], bf16[16,32]) {
   %arg = (s32[], bf16[16,32]{1,0}) parameter(0)
   %i = s32[] get-tuple-element(%arg), index=0
@@ -36,6 +43,8 @@ GPU = """HloModule jit_step
   %mm = (bf16[16,64]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
   %q = bf16[2,5,4,16]{3,2,1,0} constant({...})
   %sdpa = (bf16[2,4,5,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="a/rematted_computation/b"}
+  %parts = bf16[8,16,32]{2,1,0} constant({...})
+  %address_computation = bf16[16,64]{1,0} fusion(%parts, %w), kind=kCustom, calls=%fused_call
   ROOT %out = (s32[], bf16[16,32]{1,0}) tuple(%i, %x)
 }
 
@@ -61,13 +70,15 @@ ENTRY %main (a: bf16[8,64,32], b: f32[8,64], c: f32[1,64], n: s32[]) -> f32[64,3
 
 def test_operations_of_a_gpu_program_by_hand():
     ops = {op.name: op for op in read_program(GPU)}
-    assert list(ops) == ["mm", "sdpa", "update", "sum", "done", "loop_convert_fusion.1"]
+    assert list(ops) == ["mm", "sdpa", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
     mm, sdpa, cut = ops["mm"], ops["sdpa"], ops["loop_convert_fusion.1"]
     assert (mm.flops, mm.times, mm.target) == (2 * 16 * 64 * 32, 3, "__cublas$lt$matmul")
     assert mm.bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)  # without its scratch
     assert sdpa.flops == 2 * 2 * 2 * 4 * 16 * (5 * 6 / 2)  # two products of two FLOPs, batch 2, 4 heads of 16, 15 pairs
     assert sdpa.recomputed
     assert not mm.recomputed
+    wrapping = ops["address_computation"]
+    assert (wrapping.wrapped, wrapping.target, wrapping.flops, mm.wrapped) == ("inner", mm.target, mm.flops, "")
     assert cut.bytes == 64 * 32 * (2 + 4) + 4  # the slice, the result, the index
     assert cut.scope == "jit(step)/jvp(block_2)/ffn/convert"
     assert ops["update"].bytes == 2 * 4 * 64 + 4  # what is written in, not what it is written into

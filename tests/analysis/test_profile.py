@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from nanojax.analysis.hlo import Op
@@ -71,7 +73,7 @@ def test_rows_and_idle_time_make_up_the_wall_time():
     )
     assert 1e3 * profile.hidden == pytest.approx((1 + 1 + 1) / 2)  # the first ms of each all-reduce, and the copy
     product = profile.by("part")["block/ffn"]
-    assert (product.count, product.flops, product.bytes) == (1.5, 12e9, 6e6)
+    assert (product.count, product.flops, product.bytes) == pytest.approx((1.5, 12e9, 6e6))
     assert set(profile.by("part")) == {"block/ffn", "backward: block/attention/rope", ""}
 
 
@@ -83,9 +85,14 @@ def test_without_a_program_kernels_are_grouped_by_their_names():
     assert {row.name: row.group for row in profile.rows} == names
 
 
-def test_an_operation_of_two_kernels_counts_its_flops_once():
-    kernels = [kernel("gemm", 0, 2, "dot.1"), kernel("splitKreduce", 2, 3, "dot.1")]
-    assert sum(row.flops for row in make_profile(kernels, OPS, steps=1).rows) == 8e9
+def test_an_operation_of_two_kernels_counts_its_flops_once_by_their_times():
+    kernels = [kernel("gemm", 0, 3, "dot.1"), kernel("splitKreduce", 3, 4, "dot.1")]
+    assert {row.name: row.flops for row in make_profile(kernels, OPS, steps=1).rows} == {"gemm": 6e9, "splitKreduce": 2e9}
+
+
+def test_a_kernel_is_known_by_the_call_that_its_operation_wraps():
+    wrapping = dataclasses.replace(OPS[0], name="address_computation", wrapped="custom-call.7")
+    assert make_profile([kernel("gemm", 0, 3, "custom-call.7")], [wrapping], steps=1).seconds(PRODUCTS) == pytest.approx(3e-3)
 
 
 @pytest.mark.parametrize(
