@@ -260,7 +260,7 @@ def best_path(model: Model) -> Path:
     if reason := fused.refusal(model.program.request):
         return plain_path(model.program.graph, model.weights, f"{model.precision}, by XLA's products: {reason}")
     with jax.set_mesh(model.program.mesh):
-        return fused.path(model.weights, config, words=f"{model.precision}, by fused kernels up to {fused.MOST_ROWS} rows")
+        return fused.path(model.weights, config, words=f"{model.precision}, by {fused.WORDS}")
 
 
 def power_of_two(n: int) -> int:

@@ -19,7 +19,7 @@ from nanojax.infer.decode import Path
 from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
 from nanojax.ops.kernels.decode_attention import NewTokens, decode_attention
-from nanojax.ops.kernels.matvec import AS_IS, MOST_ROWS, Around, Feed, Matrix, feed_of, matmul, matvec
+from nanojax.ops.kernels.matvec import AS_IS, MOST_ROWS, MOST_ROWS_PACKED, Around, Feed, Matrix, feed_of, matmul, matvec, most_rows
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.packed import PackedMatrix, stacked
 from nanojax.ops.rope import rope_table
@@ -27,6 +27,7 @@ from nanojax.ops.rope import rope_table
 STACKS = {"qkv": ("attention.q", "attention.k", "attention.v"), "o": ("attention.o",), "up": ("ffn.gate", "ffn.up"), "down": ("ffn.down",)}
 """Which matrices of a block are one here, one above the other."""
 DTYPE = jnp.bfloat16
+WORDS = f"fused kernels up to {MOST_ROWS} rows of a matrix in bf16 and {MOST_ROWS_PACKED} of a packed one"
 
 
 class Layer(NamedTuple):
@@ -128,21 +129,25 @@ def one_token(
     interpret: bool = False,
 ) -> tuple[Float[Array, "B V"], tuple[Cache, ...]]:
     """(logits in float32, caches with the valid tokens in them) of one more token of each row."""
-    few, dtype = len(token_B) <= MOST_ROWS, fused.embedding_VD.dtype
-    product = functools.partial(matvec, interpret=interpret) if few else matmul
+    rows, dtype = len(token_B), fused.embedding_VD.dtype
 
     def feed(w: Matrix) -> Feed:
-        return feed_of(w) if few else AS_IS
+        return feed_of(w) if rows <= most_rows(w) else AS_IS
+
+    def product(x_BI: Array, w: Matrix, around: Around, *, dtype: DTypeLike) -> Any:
+        if rows <= most_rows(w):
+            return matvec(x_BI, w, around, dtype=dtype, interpret=interpret)
+        return matmul(x_BI, w, around, dtype=dtype)
 
     rope_2BC = jnp.stack([table_B1H[:, 0, : c.head_dim // 2] for table_B1H in rope_table(position_B[:, None], c.head_dim, c.rope_base)])
     x_BD = fused.embedding_VD[token_B]
     x_BD = rms_norm(x_BD) if c.embed_norm else x_BD
     fed_BD = feed(fused.layers[0].qkv).of(x_BD.astype(jnp.float32) * fused.layers[0].norms[0][None], dtype)
     following = [*((layer.norms[0], layer.qkv) for layer in fused.layers[1:]), (fused.norm_D, fused.head)]
-    written, came_BK = [], jnp.zeros((len(token_B), c.kv_heads), jnp.int32)
+    written, came_BK = [], jnp.zeros((rows, c.kv_heads), jnp.int32)
     for i, (layer, (next_gain, next_matrix)) in enumerate(zip(fused.layers, following, strict=True)):
         with jax.named_scope(f"block_{i}"):
-            qkv_BYH = product(fed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(len(token_B), -1, c.head_dim)
+            qkv_BYH = product(fed_BD, layer.qkv, Around(rms_of_BI=x_BD), dtype=dtype).reshape(rows, -1, c.head_dim)
             new = NewTokens(qkv_BYH, rope_2BC, position_B, valid_B, came_BK)
             y_BX, cache, came_BK = decode_attention(
                 new, caches[i], layer.qk_norms, window=c.windows[i], feed=feed(layer.o), interpret=interpret

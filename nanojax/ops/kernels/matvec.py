@@ -28,7 +28,7 @@ from nanojax.ops.packed import CODES, MAGNITUDES, SIGNS, PackedMatrix, codes, un
 
 Matrix = Any
 """A bf16 array [O, I], or a PackedMatrix."""
-MOST_ROWS = 8
+MOST_ROWS, MOST_ROWS_PACKED = 2, 8  # where XLA's product becomes faster, or was never seen to be (scripts/bench/LOG.md)
 UNROLLED = 2  # rows
 LONGEST_SUM = 1024
 # A code's exponent and mantissa, put where bf16 has the ends of its own, read 2^126 too small, some of them as denormals. Inputs grow
@@ -63,8 +63,11 @@ class Feed:
 
     def of(self, x_BI: Float[Array, "B I"], dtype: DTypeLike) -> Float[Array, "B I"]:
         """Inputs in this form; `dtype` is that of activations."""
-        x_BI = (x_BI * self.growth).reshape(len(x_BI), -1, self.span).swapaxes(1, 2).reshape(x_BI.shape)
-        return x_BI.astype(self.narrow(dtype))
+        return self.ordered(x_BI).astype(self.narrow(dtype))
+
+    def ordered(self, x_BI: Float[Array, "B I"]) -> Float[Array, "B I"]:
+        """Inputs in this form, in the type that they have."""
+        return (x_BI * self.growth).reshape(len(x_BI), -1, self.span).swapaxes(1, 2).reshape(x_BI.shape)
 
     def narrow(self, dtype: DTypeLike) -> DTypeLike:
         """The type of inputs that would be float32 otherwise."""
@@ -72,6 +75,11 @@ class Feed:
 
 
 AS_IS = Feed()
+
+
+def most_rows(w: Matrix) -> int:
+    """Up to so many `matvec` is the faster, then `matmul`."""
+    return MOST_ROWS_PACKED if isinstance(w, PackedMatrix) else MOST_ROWS
 
 
 def feed_of(w: Matrix) -> Feed:
@@ -145,7 +153,6 @@ def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtyp
 
     A packed matrix is unpacked to bf16 in memory first.
     """
-    assert around.feed == AS_IS, "other forms are for kernels"
     x_BI = x_BI.astype(jnp.float32)
     if around.rms_of_BI is not None:
         x_BI *= jax.lax.rsqrt(jnp.mean(jnp.square(around.rms_of_BI.astype(jnp.float32)), axis=1, keepdims=True) + EPS)
@@ -157,9 +164,9 @@ def matmul(x_BI: Float[Array, "B I"], w: Matrix, around: Around = PLAIN, *, dtyp
     if around.ffn == "relu2":
         y_BO = jnp.square(jax.nn.relu(y_BO))
     if around.stream_BO is None or around.gain_O is None:
-        return y_BO.astype(dtype)
+        return around.feed.ordered(y_BO).astype(dtype)
     new_BO = (around.stream_BO.astype(jnp.float32) + y_BO).astype(dtype)
-    return new_BO, new_BO.astype(jnp.float32) * around.gain_O[None]
+    return new_BO, around.feed.of(new_BO.astype(jnp.float32) * around.gain_O[None], dtype)
 
 
 def matvec(
@@ -238,7 +245,7 @@ def _kernel(job: _Job, x_ref, *refs):
     factor = factor / matrices[0][2][0] if job.arrays == 3 else factor
     sums: dict[int, Any] = {}
     taken = 0
-    for start, lanes in (_pieces if job.format is None else _even_pieces)(job.lanes, job.cut.lanes):
+    for start, lanes in (powers_of_two if job.format is None else _even_pieces)(job.lanes, job.cut.lanes):
         part = _products(job, x_ref, matrices, start, lanes, taken)
         sums[lanes], taken = jax.tree.map(jnp.add, sums[lanes], part) if lanes in sums else part, start + lanes
     for b in rows:
@@ -250,11 +257,11 @@ def _kernel(job: _Job, x_ref, *refs):
         _finish(job, [functools.reduce(jnp.add, y) * over for y in ys], b, streams[b], gain, refs[2 * job.stream :])
 
 
-def _pieces(columns: int, most: int) -> list[tuple[int, int]]:
+def powers_of_two(columns: int, most: int | None = None) -> list[tuple[int, int]]:
     """(start, lanes) of pieces that fill the columns, each a power of two, as register arrays are."""
     found, start = [], 0
     while start < columns:
-        lanes = min(most, 1 << (columns - start).bit_length() - 1)
+        lanes = min(most or columns, 1 << (columns - start).bit_length() - 1)
         found.append((start, lanes))
         start += lanes
     return found
@@ -268,7 +275,7 @@ def _even_pieces(columns: int, most: int) -> list[tuple[int, int]]:
 
 def _pieces_of(ref, b: int) -> list[Array]:
     """Row b in float32, in pieces."""
-    return [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in _pieces(ref.shape[1], LONGEST_SUM)]
+    return [ref[b, pl.ds(start, lanes)].astype(jnp.float32) for start, lanes in powers_of_two(ref.shape[1], LONGEST_SUM)]
 
 
 def _products(job: _Job, x_ref, matrices, start: int, lanes: int, taken: int) -> list[list[Array]]:

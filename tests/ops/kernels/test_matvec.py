@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +123,12 @@ def test_inputs_lie_by_their_place_in_a_span_and_outputs_are_written_there():
     w, _ = make("bf16", 32, 64)
     x_BI = jnp.ones((2, 64))
     for around in (Around(), Around(stream_BO=jnp.zeros((2, 32)), gain_O=jnp.ones(32))):
-        plain, moved = (matvec(x_BI, w, dataclasses.replace(around, feed=f), dtype=jnp.float32, interpret=True) for f in (Feed(), feed))
-        plain, moved = (y if isinstance(y, tuple) else (y, y) for y in (plain, moved))
-        np.testing.assert_array_equal(moved[1], feed.of(plain[1], jnp.float32))
-        if around.stream_BO is not None:
-            np.testing.assert_array_equal(moved[0], plain[0])
+        for product in (functools.partial(matvec, interpret=True), matmul):
+            plain, moved = (product(x_BI, w, dataclasses.replace(around, feed=f), dtype=jnp.float32) for f in (Feed(), feed))
+            plain, moved = (y if isinstance(y, tuple) else (y, y) for y in (plain, moved))
+            np.testing.assert_array_equal(moved[1], feed.of(plain[1], jnp.float32))
+            if around.stream_BO is not None:
+                np.testing.assert_array_equal(moved[0], plain[0])
 
 
 def test_each_kind_of_matrix_has_its_feed():
