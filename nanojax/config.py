@@ -27,6 +27,7 @@ from nanojax.narrow import check_blocks, check_four_bit, check_fp8
 Attention = Literal["auto", "te", "cudnn", "xla", "reference"]
 ComputeDtype = Literal["auto", "fp32", "bf16"]
 Precision = Literal["auto", "fp32", "bf16", "fp8", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
+Kernels = Literal["auto", "plain"]
 Recipe = Literal["weights", "full"]
 Packing = Literal["best_fit", "concat"]
 
@@ -257,6 +258,8 @@ class TrainConfig:
     """Folder of a run whose weights, and nothing else, this one starts from."""
     attn_impl: Attention = "auto"
     """Attention backend. auto takes the fastest that can serve and says why."""
+    kernels: Kernels = "auto"
+    """auto: elementwise work between products by kernels of our own where they can serve. plain: by XLA alone."""
     mesh: str = ""
     """Devices on each axis, 'data=2,fsdp=2,tensor=2'; an axis left out is 1. Empty: all devices on data."""
     remat: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -98,6 +98,19 @@ def per_shard(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
         return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, *segments)
 
     return attend
+
+
+def per_rows(f: Callable, mesh: Mesh, rows: int) -> Callable:
+    """`f` on every device with its own rows: of the first `rows` arguments and all results. Other arguments are whole everywhere."""
+    if mesh.size == 1:
+        return f
+
+    def call(*arguments: Any) -> Any:
+        specs = tuple(P(BATCH_AXES) if i < rows else P() for i in range(len(arguments)))
+        # Unchecked, as above. The gradients of what is whole are summed over devices.
+        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(BATCH_AXES), check_vma=False)(*arguments)
+
+    return call
 
 
 def parameter_shardings(axes: Mapping[str, tuple[str, ...]], mesh: Mesh) -> dict[str, NamedSharding]:

@@ -18,6 +18,7 @@ from nanojax.config import ModelConfig
 from nanojax.mesh import place
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.dot import dot as plain_dot
+from nanojax.ops.elementwise import PLAIN, Elementwise
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import rope_table, rotate
 
@@ -56,23 +57,29 @@ class RMSNorm(nnx.Module):
     def __init__(self, size: int, *, learnable: bool):
         self.gain = nnx.Param(jnp.ones(size, jnp.float32), out_sharding=("gain",)) if learnable else None
 
+    @property
+    def weight(self) -> Array | None:
+        """The gain, if it has one."""
+        return None if self.gain is None else self.gain[...]
+
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, None if self.gain is None else self.gain[...])
+        return rms_norm(x, self.weight)
 
 
 class Attention(nnx.Module):
     """Causal self-attention with grouped queries, norms on queries and keys, and rotary positions."""
 
-    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array, elementwise: Elementwise = PLAIN):
         k_q, k_k, k_v, k_o = jax.random.split(key, 4)
         queries, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
         self.q = Linear((c.width, queries), ("embed", "heads"), dot=dot, name="q", key=k_q)
         self.k = Linear((c.width, keys), ("embed", "kv_heads"), dot=dot, name="k", key=k_k)
         self.v = Linear((c.width, keys), ("embed", "kv_heads"), dot=dot, name="v", key=k_v)
         self.o = Linear((queries, c.width), ("heads", "embed"), dot=dot, name="o", key=k_o, init=zeros)
-        learnable = c.norm == "learnable"
-        self.q_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
-        self.k_norm = RMSNorm(c.head_dim, learnable=learnable) if c.qk_norm else identity
+        learnable = c.qk_norm and c.norm == "learnable"
+        self.q_norm = RMSNorm(c.head_dim, learnable=learnable)
+        self.k_norm = RMSNorm(c.head_dim, learnable=learnable)
+        self.turn = elementwise.norm_and_rotate if c.qk_norm else only_rotate
         self.head_dim = c.head_dim
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
@@ -80,7 +87,7 @@ class Attention(nnx.Module):
         with jax.named_scope("qkv"):
             q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD).reshape(heads), self.k(x_BTD).reshape(heads), self.v(x_BTD).reshape(heads)
         with jax.named_scope("rope"):
-            q_BTNH, k_BTKH = rotate(self.q_norm(q_BTNH), rope), rotate(self.k_norm(k_BTKH), rope)
+            q_BTNH, k_BTKH = self.turn(q_BTNH, self.q_norm.weight, rope), self.turn(k_BTKH, self.k_norm.weight, rope)
         with jax.named_scope("attend"):
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         with jax.named_scope("out"):
@@ -115,18 +122,21 @@ class ReLU2(nnx.Module):
 class Block(nnx.Module):
     """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
 
-    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array, elementwise: Elementwise = PLAIN):
         k_attention, k_ffn = jax.random.split(key)
         self.norm_1 = RMSNorm(c.width, learnable=c.norm == "learnable")
-        self.attention = Attention(c, dot=dot, key=k_attention)
+        self.attention = Attention(c, dot=dot, key=k_attention, elementwise=elementwise)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn)
+        self.keep_and_norm = elementwise.keep_and_norm
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
         with jax.named_scope("attention"):
-            x_BTD = x_BTD + self.attention(self.norm_1(x_BTD), rope, attend)
+            x_BTD, h_BTD = self.keep_and_norm(x_BTD, self.norm_1.weight)
+            x_BTD = x_BTD + self.attention(h_BTD, rope, attend)
         with jax.named_scope("ffn"):
-            x_BTD = x_BTD + self.ffn(self.norm_2(x_BTD))
+            x_BTD, h_BTD = self.keep_and_norm(x_BTD, self.norm_2.weight)
+            x_BTD = x_BTD + self.ffn(h_BTD)
         return x_BTD
 
 
@@ -146,7 +156,7 @@ def make_blocks(block: Callable[..., Block], depth: int, key: Array) -> list[Blo
 class GPT(nnx.Module):
     """Decoder-only transformer. Parameters are fp32; activations are in `compute_dtype`.
 
-    It gets the attention and the matrix product as functions and never reads the name of a backend or a format.
+    It gets the attention, the matrix product and what lies between them as functions and never reads the name of a backend or a format.
     """
 
     def __init__(
@@ -157,11 +167,12 @@ class GPT(nnx.Module):
         key: Array,
         compute_dtype: jnp.dtype = jnp.float32,
         dot: Dot = plain_dot,
+        elementwise: Elementwise = PLAIN,
         remat: bool = False,
     ):
         k_embed, k_head, k_blocks = jax.random.split(key, 3)
         self.embedding = nnx.Param(jax.random.normal(k_embed, (c.vocab_size, c.width), jnp.float32), out_sharding=("vocab", "embed"))
-        self.blocks = nnx.List(make_blocks(functools.partial(Block, c, dot=dot), c.depth, k_blocks))
+        self.blocks = nnx.List(make_blocks(functools.partial(Block, c, dot=dot, elementwise=elementwise), c.depth, k_blocks))
         self.norm = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.head = Linear((c.width, c.vocab_size), ("embed", "vocab"), dot=dot, name="head", key=k_head, init=zeros)
         self.embed_norm = rms_norm if c.embed_norm else identity
@@ -219,6 +230,12 @@ def layer_of(rope: tuple[Array, Array], attend: Attend) -> Callable[[Block, Arra
 def identity(x: Array) -> Array:
     """What stands in for a norm that is switched off."""
     return x
+
+
+def only_rotate(x_BTNH: Array, gain: Array | None, rope: tuple[Array, Array]) -> Array:
+    """What turns queries and keys where they have no norm."""
+    del gain
+    return rotate(x_BTNH, rope)
 
 
 def split(build: Callable[[], GPT]) -> tuple[nnx.GraphDef, dict[str, jax.ShapeDtypeStruct], dict[str, tuple[str, ...]]]:

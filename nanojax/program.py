@@ -20,12 +20,14 @@ from nanojax.checks import parse_mesh
 from nanojax.config import Config, TrainConfig
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
+from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
 from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import fp8_dot
+from nanojax.ops.xent import total_nats
 from nanojax.optim import optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.sizes import micro_batch
@@ -53,6 +55,8 @@ class Site:
     """Why this backend, and why not the faster ones."""
     request: Request
     """What it is asked for."""
+    no_kernels: str | None
+    """Why elementwise work is XLA's, or None where it is that of kernels."""
     compute: str
     """Format of the activations."""
     precision: str
@@ -79,6 +83,7 @@ class Site:
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind} ({self.platform})",
             "mesh": ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
             "attention": f"{self.attention} ({self.why})",
+            "elementwise": "XLA: " + self.no_kernels if self.no_kernels else "kernels: norms, rotation, loss",
             "precision": f"activations {self.compute}, block matrices {self.rounding.describe(self.config)}, master weights fp32",
             "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
         }
@@ -203,14 +208,35 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     )
     with attention_told():
         attention, why = resolve(config.train.attn_impl, request)
+    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request, mesh.shape["tensor"])
     accumulation = config.batch_tokens // (config.model.seq_len * rows)
-    return Site(config, mesh, attention, why, request, compute, precision, rows, accumulation)
+    return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
 
 
 def attention_of(site: Site) -> AttentionFn:
     """The backend that a site chose, on all of its devices."""
     attend = make_attention(site.attention, site.request.documents)
     return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS else attend
+
+
+def elementwise_of(site: Site) -> elementwise.Elementwise:
+    """What a site chose to do between products, on all of its devices."""
+    spread = functools.partial(meshes.per_rows, mesh=site.mesh)
+    return elementwise.PLAIN if site.no_kernels else elementwise.kernels(lambda f, rows: spread(f, rows=rows))
+
+
+def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT:
+    """The model with parameters drawn from `key`."""
+    train = site.config.train
+    return GPT(
+        site.config.model,
+        attention=attention_of(site),
+        key=key,
+        compute_dtype=DTYPES[site.compute],
+        dot=fp8_dot if site.precision == "fp8" else full_recipe_dot if train.fp4_recipe == "full" else dot,
+        elementwise=between,
+        remat=train.remat,
+    )
 
 
 def make_program(
@@ -224,11 +250,8 @@ def make_program(
     """
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
-    attend = attention_of(site)
-
-    def build(key: Array) -> GPT:
-        product = fp8_dot if site.precision == "fp8" else full_recipe_dot if train.fp4_recipe == "full" else dot
-        return GPT(config.model, attention=attend, key=key, compute_dtype=dtype, dot=product, remat=train.remat)
+    between = elementwise_of(site)
+    build = functools.partial(build_model, site, between)
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
@@ -246,13 +269,15 @@ def make_program(
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
 
-    head = dict(blocks=train.loss_blocks, packed=config.data.mask_documents)
+    packed, blocks = config.data.mask_documents, train.loss_blocks
+    total = functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient)
+    evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
     options = COMPILER_OPTIONS.get(site.platform, {}) | (PROFILER_OPTIONS.get(site.platform, {}) if profiled else {})
     jit = functools.partial(jax.jit, compiler_options=options or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
-        loss = functools.partial(microbatch_nats, graph, noisy=keyed(rounding, train, by_name), **head)
+        loss = functools.partial(microbatch_nats, graph, total=total, packed=packed, noisy=keyed(rounding, train, by_name))
         rate = schedule(config.optim, config.steps)
         step = functools.partial(train_step, tx=tx, lr=rate, prepare=ready, loss=loss, shardings=by_name)
         return Phase(
@@ -269,7 +294,7 @@ def make_program(
         graph=graph,
         init=jax.jit(init, out_shardings=shardings),
         phases=tuple(map(make_phase, roundings)),
-        eval_step=jit(functools.partial(eval_step, graph, **head), in_shardings=(by_name, batch, one), out_shardings=one),
+        eval_step=jit(evaluate, in_shardings=(by_name, batch, one), out_shardings=one),
     )
 
 

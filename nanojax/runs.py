@@ -21,8 +21,8 @@ from nanojax.tokenizer import Tokenizer, write_atomically
 # recipe draws for a microbatch.
 FREE_ON_RESUME = frozenset(
     {
-        "data.cache", "data.path", "data.tokenizer", "train.attn_impl", "train.eval_every", "train.eval_tokens", "train.keep",
-        "train.init_from", "train.loss_blocks", "train.mesh", "train.micro_batch", "train.remat", "train.save_every",
+        "data.cache", "data.path", "data.tokenizer", "train.attn_impl", "train.eval_every", "train.eval_tokens", "train.init_from",
+        "train.keep", "train.kernels", "train.loss_blocks", "train.mesh", "train.micro_batch", "train.remat", "train.save_every",
     }
 )  # fmt: skip
 
@@ -193,7 +193,9 @@ class RunFolder:
 
 def unplaced(config: Config, attn_impl: Attention = "auto") -> Config:
     """The config without what ties it to the devices that it was trained on: they may be others now."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl=attn_impl))
+    return dataclasses.replace(
+        config, train=dataclasses.replace(config.train, mesh="", micro_batch=None, attn_impl=attn_impl, kernels="plain")
+    )
 
 
 def flatten(tree: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from nanojax.model import give_keys, merge
-from nanojax.ops.xent import IGNORED, token_nats, total_nats
+from nanojax.ops.xent import IGNORED, token_nats
 
 
 @jax.tree_util.register_dataclass
@@ -31,14 +31,14 @@ class TrainState:
 
 
 def microbatch_nats(
-    graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, key: Array, *, blocks: int, packed: bool, noisy: Collection[str] = ()
+    graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, key: Array, *, total: Callable, packed: bool, noisy: Collection[str] = ()
 ) -> Array:
-    """Summed loss of one microbatch in nats. The products of the weights in `noisy` draw from `key`."""
+    """Summed loss of one microbatch in nats, by `total`, which is `total_nats`. The products of the weights in `noisy` draw from `key`."""
     model = merge(graph, weights)
     give_keys(model, key, noisy)
     x_BTD = model.hidden(batch.inputs, batch.segments if packed else None)
     with jax.named_scope("loss"):
-        return total_nats(x_BTD, model.head.w[...], batch.targets, model.softcap, blocks)
+        return total(x_BTD, model.head.w[...], batch.targets, model.softcap)
 
 
 def train_step(

@@ -86,7 +86,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    """tiny_model(seed=0, attention=..., compute_dtype=..., remat=..., **config): (graph, params).
+    """tiny_model(seed=0, attention=..., compute_dtype=..., remat=..., elementwise=..., **config): (graph, params).
 
     Parameters are random instead of initialised: real models start with head, o and down at zero, which would hide most mistakes.
     """
@@ -94,12 +94,14 @@ def tiny_model(tiny_config):
 
     from nanojax.model import GPT, split
     from nanojax.ops.attention import reference_attention
+    from nanojax.ops.elementwise import PLAIN
 
-    def make(seed=0, *, attention=reference_attention, compute_dtype=jnp.float32, remat=False, **config):
+    def make(seed=0, *, attention=reference_attention, compute_dtype=jnp.float32, remat=False, elementwise=PLAIN, **config):
         c = tiny_config(**config)
         with nnx.use_eager_sharding(False):  # no mesh here
             key = jax.random.key(0)
-            graph, shapes, _ = split(lambda: GPT(c, attention=attention, key=key, compute_dtype=compute_dtype, remat=remat))
+            how = dict(attention=attention, compute_dtype=compute_dtype, remat=remat, elementwise=elementwise)
+            graph, shapes, _ = split(lambda: GPT(c, key=key, **how))
         rng = np.random.default_rng(seed)
         params = {}
         for name, leaf in sorted(shapes.items()):

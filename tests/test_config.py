@@ -63,7 +63,7 @@ def test_a_saved_config_that_does_not_fit_is_refused_in_one_line(saved, words):
 
 
 def test_all_of_config_stays_small_enough_to_read():
-    assert sum(len(dataclasses.fields(part)) for part in PARTS) <= 60
+    assert sum(len(dataclasses.fields(part)) for part in PARTS) <= 61
 
 
 def test_every_field_says_what_it_is():

@@ -28,6 +28,7 @@ from nanojax.mesh import (
     make_mesh,
     moment_shardings,
     parameter_shardings,
+    per_rows,
     per_shard,
     place,
 )
@@ -152,6 +153,28 @@ def per_shard_attention() -> dict:
     return {"off": off, "seen": sorted(seen), "collectives": collectives(text, mesh), "specs": [str(x.sharding.spec) for x in got]}
 
 
+def per_rows_kernels() -> dict:
+    """Elementwise work by kernels, called on each device with its own rows: how far from the whole, gradients of what is shared too."""
+    from nanojax.ops.elementwise import PLAIN, kernels
+    from nanojax.ops.rope import rope_table
+
+    mesh, rng = make_mesh({"data": 2, "fsdp": 4}), np.random.default_rng(0)
+    x, heads, logits = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 6, 16), (8, 6, 2, 16), (8, 6, 40)))
+    gain, targets, rope = 1 + rng.random(16).astype(np.float32), rng.integers(-1, 40, (8, 6)), rope_table(np.arange(6), 16, 1e4)
+
+    def run(between):
+        def total(x, heads, gain):
+            kept, normed = between.keep_and_norm(x, gain)
+            return (kept * normed**2).sum() + (between.norm_and_rotate(heads, gain, rope) ** 3).sum()
+
+        return jax.jit(lambda: (jax.grad(total, argnums=(0, 1, 2))(x, heads, gain), between.nats_and_gradient(logits, targets, 15.0)))()
+
+    want = run(PLAIN)
+    with jax.set_mesh(mesh):
+        got = run(kernels(lambda f, rows: per_rows(f, mesh, rows), interpret=True))
+    return {"off": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]}
+
+
 def groups_of(line: str) -> list[list[int]]:
     """Device groups of an HLO collective, in each of XLA's notations.
 
@@ -188,7 +211,7 @@ def measure(cache: str) -> dict:
     jax.config.update("jax_num_cpu_devices", 8)
     keep_compiled_programs(cache)  # `lower` compiles what the steps compiled: this makes it free
     runs = {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
-    return runs | {"per_shard": per_shard_attention()}
+    return runs | {"per_shard": per_shard_attention(), "per_rows": per_rows_kernels()}
 
 
 # In pytest -----------------------------------------------------------------------------------------------------------------------------
@@ -207,6 +230,11 @@ def test_eight_devices_lose_what_one_loses(runs):
     assert len(one) == len(eight) == STEPS
     assert one[-1] < 0.8 * one[0], "nothing was learnt, so nothing was compared"
     np.testing.assert_allclose(eight, one, rtol=1e-5)  # fp32 sums in another order, carried through 20 updates
+
+
+def test_kernels_per_rows_are_those_of_the_whole(runs):
+    assert len(runs["per_rows"]["off"]) == 5
+    assert max(runs["per_rows"]["off"]) < 1e-3  # sums of 48 cubes in float32, in another order
 
 
 def test_attention_per_shard_is_attention_and_devices_say_nothing_to_each_other(runs):

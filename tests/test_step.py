@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanojax.model import merge
-from nanojax.ops.xent import IGNORED
+from nanojax.ops.xent import IGNORED, total_nats
 from nanojax.optim import label, optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.program import make_program
@@ -63,7 +63,7 @@ class Trainer(NamedTuple):
 @pytest.fixture(scope="module")
 def trainer(tiny_model, mesh) -> Trainer:
     graph, params = tiny_model(depth=1, seq_len=T)
-    loss = functools.partial(microbatch_nats, graph, blocks=2, packed=False)
+    loss = functools.partial(microbatch_nats, graph, total=functools.partial(total_nats, blocks=2), packed=False)
     shardings = {name: NamedSharding(mesh, PartitionSpec()) for name in params}
     tx = optimizer(OPTIM, steps=10, batch_tokens=2**19, d_model=768, ns_dtype=jnp.float32)
 

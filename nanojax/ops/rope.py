@@ -3,6 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+Rope = tuple[Float[Array, "*#B T H"], Float[Array, "*#B T H"]]
+"""As `rope_table` makes it."""
+
 
 def rope_table(positions: Int[Array, "*B T"], head_dim: int, base: float) -> tuple[Float[Array, "*B T H"], Float[Array, "*B T H"]]:
     """(cos, sin) in float32 for `rotate`: the angle of pair i is position * base ** (-2i / H). Su et al. 2021, arXiv:2104.09864, eq. 15.
@@ -17,7 +20,7 @@ def rope_table(positions: Int[Array, "*B T"], head_dim: int, base: float) -> tup
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], rope: tuple[Float[Array, "*#B T H"], Float[Array, "*#B T H"]]) -> Float[Array, "B T N H"]:
+def rotate(x_BTNH: Float[Array, "B T N H"], rope: Rope) -> Float[Array, "B T N H"]:
     """Rotate every pair (x_i, x_{i + H/2}) by +angle, computed in float32, in the dtype of x; a table [T, H] is for every row."""
     cos, sin = (table if table.ndim == 3 else table[None] for table in rope)
     x = x_BTNH.astype(jnp.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,43 +31,52 @@ def token_nats(
     return join_tokens(nats)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def total_nats(x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | None, blocks: int) -> Array:
+def nats_and_gradient(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], softcap: float | None
+) -> tuple[Float[Array, "B T"], Float[Array, "B T V"]]:
+    """(-log softmax(cap(logits))[target] of every token in float32, gradient of their sum by the logits in the dtype of those)."""
+    lse_BT, picked_BT = statistics(logits_BTV, targets_BT, softcap)
+    valid_BT = targets_BT != IGNORED
+    # Capped anew: kept from above they would be written and read in float32.
+    capped_BTV = capped(jax.lax.optimization_barrier(logits_BTV), softcap)
+    d_BTV = jnp.exp(capped_BTV - lse_BT[..., None]) - (targets_BT[..., None] == jnp.arange(logits_BTV.shape[-1])[None, None])
+    if softcap is not None:
+        d_BTV *= 1 - jnp.square(capped_BTV / softcap)
+    return jnp.where(valid_BT, lse_BT - picked_BT, 0), jnp.where(valid_BT[..., None], d_BTV, 0).astype(logits_BTV.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def total_nats(
+    x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | None, blocks: int, of_logits: Callable = nats_and_gradient
+) -> Array:
     """Sum of `token_nats`, a float32 scalar.
 
     Its forward pass leaves the gradients of the sum behind, so that the backward pass repeats no product and keeps no logits
     (the sum has one cotangent, a scalar that multiplies them). The gradient of the head is summed over blocks in float32.
+    `of_logits` is `nats_and_gradient`, or what computes the same.
     """
+    del of_logits
     return jnp.sum(token_nats(x_BTD, w_DV, targets_BT, softcap=softcap, blocks=blocks))
 
 
-def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks):
+def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks, of_logits):
     """The value, and what the backward pass needs."""
 
     def block(carry, part):
         total, dw_DV = carry
         x, targets = part
-        logits = jnp.einsum("BTD,DV->BTV", x, w_DV)
-        lse, picked = statistics(logits, targets, softcap)
-        valid = targets != IGNORED
-        total += jnp.sum(jnp.where(valid, lse - picked, 0))
-        # Capped anew: kept from above they would be written and read in float32.
-        logits = capped(jax.lax.optimization_barrier(logits), softcap)
-        d_BTV = jnp.exp(logits - lse[..., None]) - (targets[..., None] == jnp.arange(w_DV.shape[1])[None, None])
-        if softcap is not None:
-            d_BTV *= 1 - jnp.square(logits / softcap)
-        d_BTV = jnp.where(valid[..., None], d_BTV, 0).astype(x.dtype)
+        nats_BT, d_BTV = of_logits(jnp.einsum("BTD,DV->BTV", x, w_DV), targets, softcap)
         dw_DV += jnp.einsum("BTD,BTV->DV", x, d_BTV, preferred_element_type=jnp.float32)
-        return (total, dw_DV), jnp.einsum("BTV,DV->BTD", d_BTV, w_DV).astype(x.dtype)
+        return (total + jnp.sum(nats_BT), dw_DV), jnp.einsum("BTV,DV->BTD", d_BTV, w_DV).astype(x.dtype)
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32)
     (total, dw_DV), dx = jax.lax.scan(block, start, (split_tokens(x_BTD, blocks), split_tokens(targets_BT, blocks)))
     return total, (join_tokens(dx), dw_DV.astype(w_DV.dtype))
 
 
-def total_nats_backward(softcap, blocks, residuals, cotangent):
+def total_nats_backward(softcap, blocks, of_logits, residuals, cotangent):
     """Gradients of states and head, from the residuals of the forward pass."""
-    del softcap, blocks
+    del softcap, blocks, of_logits
     dx_BTD, dw_DV = residuals
     return (cotangent * dx_BTD).astype(dx_BTD.dtype), (cotangent * dw_DV).astype(dw_DV.dtype), None
 

@@ -32,6 +32,8 @@ class Case:
     arguments: tuple[Any, ...]
     bytes: int
     """That it must read and write, forward and backward."""
+    differentiable: bool = True
+    """Whether it has a backward pass."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,9 +51,9 @@ def main(argv: Sequence[str]) -> None:
     base = resolve(bench.config, bench.config.model.vocab_size)
     print(f"{device.device_kind}\n| kernel | pass | reference, ms | kernel, ms | ratio | GB/s |\n|---|---|---|---|---|---|")
     for case in cases(base, micro_batch(base, 1)):
-        for name, wrap in (("forward", jax.jit), ("forward and backward", both)):
+        for name, wrap in (("forward", jax.jit), ("forward and backward", both))[: 1 + case.differentiable]:
             before, after = (milliseconds(wrap(f), case.arguments) for f in (case.reference, case.kernel))
-            rate = "" if wrap is jax.jit else f"{case.bytes / after / 1e6:,.0f}"
+            rate = "" if wrap is jax.jit and case.differentiable else f"{case.bytes / after / 1e6:,.0f}"
             print(f"| {case.name} | {name} | {before:.3f} | {after:.3f} | {before / after:.2f} | {rate} |", flush=True)
 
 
@@ -80,12 +82,28 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     import jax
     import jax.numpy as jnp
 
+    from nanojax.ops.kernels.cross_entropy import cross_entropy
+    from nanojax.ops.kernels.norm import keep_and_norm, keep_and_norm_reference
     from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
     from nanojax.ops.rope import rope_table
+    from nanojax.ops.xent import nats_and_gradient
 
     c = config.model
     rope = rope_table(jnp.arange(c.seq_len), c.head_dim, c.rope_base)
     x = jax.random.normal(jax.random.key(0), (rows, c.seq_len, c.n_head, c.head_dim), jnp.bfloat16)
+    gain, stream = jnp.ones(c.width), jax.random.normal(jax.random.key(1), (rows, c.seq_len, c.width), jnp.bfloat16)
+    yield Case(f"norm {list(stream.shape)}", keep_and_norm, keep_and_norm_reference, (stream, gain), 6 * stream.nbytes)
+    tokens = rows * c.seq_len // config.train.loss_blocks
+    logits = jax.random.normal(jax.random.key(2), (tokens, c.vocab_size), jnp.bfloat16)
+    targets = jax.random.randint(jax.random.key(3), (tokens,), 0, c.vocab_size)
+    yield Case(
+        f"cross_entropy {list(logits.shape)}",
+        lambda logits: cross_entropy(logits, targets, c.softcap),
+        lambda logits: nats_and_gradient(logits[None], targets[None], c.softcap),
+        (logits,),
+        2 * logits.nbytes,
+        differentiable=False,
+    )
     yield Case(
         f"norm_rope {list(x.shape)}",
         lambda x, gain: norm_rope(x, gain, rope),

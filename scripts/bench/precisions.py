@@ -22,6 +22,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": dict(precision="int4"),
     "full": dict(fp4_recipe="full"),
     "fp8": dict(precision="fp8"),
+    "plain": dict(kernels="plain"),
     "te": dict(attn_impl="te"),
     "cudnn": dict(attn_impl="cudnn"),
     "xla": dict(attn_impl="xla", micro_batch=4),  # it keeps the T x T scores of each layer
@@ -33,7 +34,7 @@ class Bench:
     """What to time."""
 
     names: tuple[str, ...] = ("bf16", "nvfp4", "nvfp4_2d", "mxfp4", "int4")
-    """Of bf16, fp8, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; te, cudnn, xla, the attention."""
+    """Of bf16, fp8, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; plain, without kernels; te, cudnn, xla, the attention."""
     rounds: int = 4
     """Turns of each, alternating; the first is dropped."""
     steps_a_round: int = 5

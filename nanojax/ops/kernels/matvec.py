@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from nanojax.ops.cache import einsum_in_float32
 from nanojax.ops.fp4 import e2m1_values
+from nanojax.ops.kernels.pieces import even_pieces, powers_of_two
 from nanojax.ops.norm import EPS
 from nanojax.ops.packed import CODES, MAGNITUDES, SIGNS, PackedMatrix, codes, unpacked
 
@@ -245,7 +246,7 @@ def _kernel(job: _Job, x_ref, *refs):
     factor = factor / matrices[0][2][0] if job.arrays == 3 else factor
     sums: dict[int, Any] = {}
     taken = 0
-    for start, lanes in (powers_of_two if job.format is None else _even_pieces)(job.lanes, job.cut.lanes):
+    for start, lanes in (powers_of_two if job.format is None else even_pieces)(job.lanes, job.cut.lanes):
         part = _products(job, x_ref, matrices, start, lanes, taken)
         sums[lanes], taken = jax.tree.map(jnp.add, sums[lanes], part) if lanes in sums else part, start + lanes
     for b in rows:
@@ -255,22 +256,6 @@ def _kernel(job: _Job, x_ref, *refs):
             total, size = functools.reduce(jnp.add, (jnp.sum(piece * piece) for piece in pieces)), sum(piece.shape[0] for piece in pieces)
             over = factor * jax.lax.rsqrt(total / size + EPS)
         _finish(job, [functools.reduce(jnp.add, y) * over for y in ys], b, streams[b], gain, refs[2 * job.stream :])
-
-
-def powers_of_two(columns: int, most: int | None = None) -> list[tuple[int, int]]:
-    """(start, lanes) of pieces that fill the columns, each a power of two, as register arrays are."""
-    found, start = [], 0
-    while start < columns:
-        lanes = min(most or columns, 1 << (columns - start).bit_length() - 1)
-        found.append((start, lanes))
-        start += lanes
-    return found
-
-
-def _even_pieces(columns: int, most: int) -> list[tuple[int, int]]:
-    """(start, lanes) of pieces of one size, a power of two, the last moved back over columns that are already taken."""
-    lanes = min(most, 1 << columns.bit_length() - 1)
-    return [(min(start, columns - lanes), lanes) for start in range(0, columns, lanes)]
 
 
 def _pieces_of(ref, b: int) -> list[Array]:

@@ -15,11 +15,9 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from nanojax.ops.norm import EPS, rms_norm
-from nanojax.ops.rope import rotate
+from nanojax.ops.rope import Rope, rotate
 
 TOKENS, WARPS = 64, 4  # of an instance; not yet measured against others
-Rope = tuple[Float[Array, "T H"], Float[Array, "T H"]]
-"""As `rope_table` makes it, for rows whose tokens are at 0, 1, 2, ..."""
 
 
 def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope) -> Float[Array, "B T N H"]:
@@ -29,7 +27,8 @@ def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def norm_rope(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope, interpret: bool = False) -> Float[Array, "B T N H"]:
-    """rotate(rms_norm(x, gain), rope) in the dtype of x, rounded to it between the two as they do. H is a power of two.
+    """rotate(rms_norm(x, gain), rope) in the dtype of x, rounded to it between the two as they do. H is a power of two, and
+    the table [T, H] is for every row.
 
     The gradient of the gain is summed in float32; the table gets none.
     """

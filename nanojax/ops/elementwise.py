@@ -1,0 +1,87 @@
+"""What lies between products and attention, as functions that the model and the loss are given: XLA's, or kernels where they are faster.
+
+B batch, T tokens, D model, N heads, H head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nanojax.ops.attention_request import Request
+from nanojax.ops.kernels import cross_entropy as loss_kernel
+from nanojax.ops.kernels.norm import keep_and_norm as norm_kernel
+from nanojax.ops.kernels.norm_rope import norm_rope
+from nanojax.ops.norm import rms_norm
+from nanojax.ops.rope import Rope, rotate
+from nanojax.ops.xent import nats_and_gradient
+
+Gain = Float[Array, " S"] | None
+Spread = Callable[[Callable, int], Callable]
+"""(f, n) -> f on every device with its own rows: of the first n arguments and all results. Other arguments are whole everywhere."""
+
+
+def keep_and_norm(x_BTD: Float[Array, "B T D"], gain_D: Gain) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """(x, rms_norm(x, gain)): the stream, and what a layer reads of it."""
+    return x_BTD, rms_norm(x_BTD, gain_D)
+
+
+def norm_and_rotate(x_BTNH: Float[Array, "B T N H"], gain_H: Gain, rope: Rope) -> Float[Array, "B T N H"]:
+    """rotate(rms_norm(x, gain), rope): of queries or keys."""
+    return rotate(rms_norm(x_BTNH, gain_H), rope)
+
+
+@dataclasses.dataclass(frozen=True)
+class Elementwise:
+    """One way to compute each. All ways agree up to rounding, gradients too."""
+
+    keep_and_norm: Callable = keep_and_norm
+    norm_and_rotate: Callable = norm_and_rotate
+    nats_and_gradient: Callable = nats_and_gradient
+
+
+PLAIN = Elementwise()
+
+
+def refusal(request: Request, tensor: int) -> str | None:
+    """Why the kernels cannot serve a model that asks this of its attention, its heads over `tensor` devices; None when they can."""
+    if request.platform not in ("gpu", "cuda"):
+        return f"kernels run on NVIDIA GPUs, and the device is a {request.platform}"
+    if request.capability is not None and float(request.capability) < 8:
+        return f"kernels take compute capability 8.0 or more, given {request.capability}"
+    if request.dtype != jnp.bfloat16:
+        return f"kernels are for activations in bf16, given {jnp.dtype(request.dtype).name}"
+    if request.head_dim & (request.head_dim - 1):
+        return f"kernels take head sizes that are powers of two, given {request.head_dim}"
+    if tensor > 1:
+        return f"kernels take whole vocabularies, and tensor={tensor} divides it"
+    return None
+
+
+def kernels(spread: Spread, *, interpret: bool = False) -> Elementwise:
+    """Those of ops/kernels, on a GPU, or anywhere with `interpret`."""
+
+    def known(gain: Gain, size: int) -> Array:
+        return jnp.ones(size, jnp.float32) if gain is None else gain
+
+    def norm(x_BTD, gain_D):
+        return spread(lambda x, gain: norm_kernel(x, gain, interpret), 1)(x_BTD, known(gain_D, x_BTD.shape[-1]))
+
+    def turn(x_BTNH, gain_H, rope):
+        if rope[0].ndim == 3:  # rows whose tokens are at places of their own: decoding
+            return norm_and_rotate(x_BTNH, gain_H, rope)
+        return spread(lambda x, gain, rope: norm_rope(x, gain, rope, interpret), 1)(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
+
+    def nats(logits_BTV, targets_BT, softcap):
+        def local(logits_BTV, targets_BT):
+            flat = loss_kernel.cross_entropy(
+                logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret
+            )
+            return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
+
+        return spread(local, 2)(logits_BTV, targets_BT)
+
+    return Elementwise(norm, turn, nats)

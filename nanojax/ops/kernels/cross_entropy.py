@@ -1,0 +1,117 @@
+"""Cross entropy of capped logits and its gradient in one kernel, which leaves the gradient where the logits were.
+
+XLA makes two passes of it, each bound by the instructions of its tanh and exp. N tokens, V vocabulary. An instance takes one token.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+from nanojax.ops.xent import IGNORED, LARGEST_SHIFT
+
+AT_ONCE, WARPS = 4096, 8  # logits; not yet measured against others
+LOG2E = math.log2(math.e)
+LOWEST = -1e30  # less than any logit; finite, so that differences of two are numbers
+
+
+class _Job(NamedTuple):
+    """What a kernel is compiled for."""
+
+    vocabulary: int
+    at_once: int
+    softcap: float | None
+    interpret: bool
+
+    @property
+    def turns(self) -> int:
+        return -(-self.vocabulary // self.at_once)
+
+
+def cross_entropy(
+    logits_NV: Float[Array, "N V"], targets_N: Int[Array, " N"], softcap: float | None, *, interpret: bool = False
+) -> tuple[Float[Array, " N"], Float[Array, "N V"]]:
+    """(nats of each token in float32, gradient of their sum by the logits in the dtype of those): `xent.nats_and_gradient`.
+
+    On a GPU tanh is the hardware's, 5e-4 of its value off at most, less than logits in bf16 are rounded by. The gradient is written where
+    the logits are, if nothing else reads them.
+    """
+    n, v = logits_NV.shape
+    job = _Job(v, min(AT_ONCE, 1 << v.bit_length() - 1), softcap, interpret)
+    row = pl.BlockSpec((None, v), lambda i: (i, 0))
+    every = pl.BlockSpec((n,), lambda i: (0,))
+    nats_N, d_NV = pl.pallas_call(
+        functools.partial(_kernel, job),
+        out_shape=[jax.ShapeDtypeStruct((n,), jnp.float32), jax.ShapeDtypeStruct((n, v), logits_NV.dtype)],
+        grid=(n,),
+        in_specs=[row, every],
+        out_specs=[every, row],
+        input_output_aliases={0: 1},
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        name="cross_entropy",
+        interpret=interpret,
+    )(logits_NV, targets_N.astype(jnp.int32))
+    return nats_N, d_NV
+
+
+def _kernel(job: _Job, x_ref, targets_ref, nats_ref, d_ref):
+    """One token. Logits are in powers of two, and 2^(logit - shift) is summed."""
+    target = targets_ref[pl.program_id(0)]
+    valid = target != IGNORED
+    of_target, _ = _capped(job, x_ref[jnp.maximum(target, 0)].astype(jnp.float32))  # before it is written over
+
+    if job.softcap is not None and job.softcap <= LARGEST_SHIFT:
+        shift = job.softcap * LOG2E  # the cap bounds the largest
+    else:
+        largest = jax.lax.fori_loop(0, job.turns, lambda i, most: jnp.maximum(most, _piece(job, x_ref, i)[1]), _all(job, LOWEST))
+        shift, _ = _capped(job, jnp.max(largest))
+
+    def add(i, total):
+        at, x = _piece(job, x_ref, i)
+        return total + _within(job, at, jnp.exp2(_capped(job, x)[0] - shift), 0.0)
+
+    log2_sum = shift + jnp.log2(jnp.sum(jax.lax.fori_loop(0, job.turns, add, _all(job, 0.0))))
+    nats_ref[pl.program_id(0)] = jnp.where(valid, (log2_sum - of_target) / LOG2E, 0.0)
+    weight = valid.astype(jnp.float32)
+
+    def write(i, _):
+        at, x = _piece(job, x_ref, i)
+        logit, slope = _capped(job, x)
+        d = (jnp.exp2(logit - log2_sum) - (at == target).astype(jnp.float32)) * slope * weight
+        mask = None if job.vocabulary % job.at_once == 0 else at < job.vocabulary
+        triton.store(d_ref.at[pl.ds(i * job.at_once, job.at_once)], d.astype(d_ref.dtype), mask=mask)
+        return 0
+
+    jax.lax.fori_loop(0, job.turns, write, 0)
+
+
+def _all(job: _Job, value: float) -> Array:
+    return jnp.full(job.at_once, value, jnp.float32)
+
+
+def _piece(job: _Job, x_ref, i: Any) -> tuple[Array, Array]:
+    """(positions in the vocabulary, logits in float32); beyond its end the lowest."""
+    at, place = i * job.at_once + jnp.arange(job.at_once), x_ref.at[pl.ds(i * job.at_once, job.at_once)]
+    if job.vocabulary % job.at_once == 0:
+        return at, triton.load(place).astype(jnp.float32)
+    return at, triton.load(place, mask=at < job.vocabulary, other=LOWEST).astype(jnp.float32)
+
+
+def _within(job: _Job, at: Array, x: Array, other: float) -> Array:
+    """What lies in the vocabulary."""
+    return x if job.vocabulary % job.at_once == 0 else jnp.where(at < job.vocabulary, x, other)
+
+
+def _capped(job: _Job, x: Array) -> tuple[Array, Any]:
+    """(capped logits in powers of two, their slope by the logits)."""
+    if job.softcap is None:
+        return x * LOG2E, 1.0
+    tanh = (jnp.tanh if job.interpret else triton.approx_tanh)(x * (1 / job.softcap))
+    return tanh * (job.softcap * LOG2E), 1 - tanh * tanh

@@ -1,0 +1,115 @@
+"""RMSNorm as one kernel each way: what XLA makes two passes of forward, and two and an addition backward.
+
+N tokens, D model. An instance takes a few tokens at a time, and D in powers of two, as register arrays are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from nanojax.ops.kernels.pieces import powers_of_two
+from nanojax.ops.norm import EPS
+
+TOKENS, WARPS = 4, 4  # at a time, and of an instance; not yet measured against others
+TURNS = 32  # of an instance backward: so many tokens share a sum for the gradient of the gain
+
+
+def keep_and_norm_reference(x_BTD: Float[Array, "B T D"], gain_D: Float[Array, " D"]) -> tuple[Array, Array]:
+    """`keep_and_norm` by the function that it is made of."""
+    from nanojax.ops.norm import rms_norm
+
+    return x_BTD, rms_norm(x_BTD, gain_D)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def keep_and_norm(x_BTD: Float[Array, "B T D"], gain_D: Float[Array, " D"], interpret: bool = False) -> tuple[Array, Array]:
+    """(x, rms_norm(x, gain)), as a stream and what the next layer reads of it; their gradients meet in one pass.
+
+    The gradient of the gain is summed in float32.
+    """
+    return x_BTD, _call(_forward, gain_D, (x_BTD,), interpret)[0]
+
+
+def _keep_and_norm_forward(x_BTD: Array, gain_D: Array, interpret: bool):
+    return keep_and_norm(x_BTD, gain_D, interpret), (x_BTD, gain_D)
+
+
+def _keep_and_norm_backward(interpret: bool, kept: tuple[Array, Array], cotangents: tuple[Array, Array]):
+    x_BTD, gain_D = kept
+    dx_BTD, dgain_PD = _call(_backward, gain_D, (x_BTD, *cotangents), interpret)
+    return dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
+
+
+keep_and_norm.defvjp(_keep_and_norm_forward, _keep_and_norm_backward)
+
+
+def _call(kernel: Any, gain_D: Array, xs: Sequence[Array], interpret: bool) -> list[Array]:
+    """Run a kernel over blocks of tokens. It makes an array like x, and the backward one also a part of the gain's gradient."""
+    shape, d = xs[0].shape, xs[0].shape[-1]
+    flat = [x.reshape(-1, d) for x in xs]
+    n = len(flat[0])
+    tokens = min(TOKENS * (TURNS if len(xs) > 1 else 1), n & -n)  # a power of two that divides them
+    own = pl.BlockSpec((tokens, d), lambda i: (i, 0))
+    results = [(jax.ShapeDtypeStruct((n, d), xs[0].dtype), own)]
+    if len(xs) > 1:
+        results.append((jax.ShapeDtypeStruct((n // tokens, d), jnp.float32), pl.BlockSpec((None, d), lambda i: (i, 0))))
+    made = pl.pallas_call(
+        functools.partial(kernel, min(TOKENS, tokens)),
+        out_shape=[shape for shape, _ in results],
+        grid=(n // tokens,),
+        in_specs=[pl.BlockSpec((d,), lambda i: (0,)), *([own] * len(xs))],
+        out_specs=[spec for _, spec in results],
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        name=f"norm{kernel.__name__}",
+        interpret=interpret,
+    )(gain_D.astype(jnp.float32), *flat)
+    return [made[0].reshape(shape), *made[1:]]
+
+
+def _rows(ref, at: Any) -> list[Array]:
+    """Some tokens, in pieces [tokens, columns], in float32."""
+    return [ref[at, pl.ds(start, size)].astype(jnp.float32) for start, size in powers_of_two(ref.shape[1])]
+
+
+def _pieces(ref) -> list[Array]:
+    """The gain, likewise."""
+    return [ref[pl.ds(start, size)][None] for start, size in powers_of_two(ref.shape[0])]
+
+
+def _mean(parts: list[Array], d: int) -> Array:
+    return functools.reduce(jnp.add, (jnp.sum(part, axis=1, keepdims=True) for part in parts)) / d
+
+
+def _forward(tokens: int, gain_ref, x_ref, y_ref):
+    d, at = x_ref.shape[1], pl.ds(0, tokens)
+    xs = _rows(x_ref, at)
+    over = jax.lax.rsqrt(_mean([x * x for x in xs], d) + EPS)
+    for x, gain, (start, size) in zip(xs, _pieces(gain_ref), powers_of_two(d), strict=True):
+        y_ref[at, pl.ds(start, size)] = (x * over * gain).astype(y_ref.dtype)
+
+
+def _backward(tokens: int, gain_ref, x_ref, kept_ref, dy_ref, dx_ref, dgain_ref):
+    d, gains = x_ref.shape[1], _pieces(gain_ref)
+
+    def turn(i, dgains):
+        at = pl.ds(i * tokens, tokens)
+        xs, kept, dys = _rows(x_ref, at), _rows(kept_ref, at), _rows(dy_ref, at)
+        over = jax.lax.rsqrt(_mean([x * x for x in xs], d) + EPS)
+        normed, scaled = [x * over for x in xs], [dy * gain for dy, gain in zip(dys, gains, strict=True)]
+        along = _mean([a * b for a, b in zip(scaled, normed, strict=True)], d)
+        for a, b, stream, (start, size) in zip(scaled, normed, kept, powers_of_two(d), strict=True):
+            dx = (over * (a - b * along)).astype(dx_ref.dtype)  # rounded as the gradient of `rms_norm` is
+            dx_ref[at, pl.ds(start, size)] = (stream + dx.astype(jnp.float32)).astype(dx_ref.dtype)
+        return [total + dy * b for total, dy, b in zip(dgains, dys, normed, strict=True)]
+
+    none = [jnp.zeros((tokens, size), jnp.float32) for _, size in powers_of_two(d)]
+    for total, (start, size) in zip(jax.lax.fori_loop(0, x_ref.shape[0] // tokens, turn, none), powers_of_two(d), strict=True):
+        dgain_ref[pl.ds(start, size)] = jnp.sum(total, axis=0)

@@ -1,0 +1,67 @@
+"""A model given kernels against the same model without, and who cannot have them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanojax.model import merge
+from nanojax.ops.attention_request import Request
+from nanojax.ops.elementwise import PLAIN, kernels, refusal
+from nanojax.ops.xent import total_nats
+
+GPU = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=1, tokens=64, heads=4, kv_heads=2, head_dim=128)
+
+
+def test_who_cannot_have_kernels_is_told_why():
+    assert refusal(GPU, 1) is None
+    assert refusal(dataclasses.replace(GPU, capability=None), 1) is None  # a GPU that is only compiled for
+    for changes, tensor, words in (
+        (dict(platform="cpu"), 1, "NVIDIA GPUs, and the device is a cpu"),
+        (dict(capability="7.5"), 1, "8.0 or more, given 7.5"),
+        (dict(dtype=jnp.float32), 1, "bf16, given float32"),
+        (dict(head_dim=96), 1, "powers of two, given 96"),
+        ({}, 2, "tensor=2 divides it"),
+    ):
+        assert words in (refusal(dataclasses.replace(GPU, **changes), tensor) or "")
+
+
+def alone(f, rows):
+    del rows
+    return f
+
+
+@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False), dict(norm="fixed", softcap=15.0, ffn="relu2")], ids=str)
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_model_loses_and_learns_the_same_with_kernels(tiny_model, changes, remat):
+    rng = np.random.default_rng(0)
+    tokens, targets = (jnp.asarray(rng.integers(0, 64, (2, 12)), jnp.int32) for _ in range(2))
+
+    def nats_and_gradients(between):
+        graph, params = tiny_model(elementwise=between, remat=remat, **changes)
+
+        def nats(params):
+            model = merge(graph, params)
+            return total_nats(model.hidden(tokens), model.head.w[...], targets, model.softcap, 2, between.nats_and_gradient)
+
+        return jax.jit(jax.value_and_grad(nats))(params)
+
+    (value, got), (want, wanted) = map(nats_and_gradients, (kernels(alone, interpret=True), PLAIN))
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    for name, g in wanted.items():
+        np.testing.assert_allclose(got[name], g, atol=1e-5 * float(jnp.abs(g).max()), err_msg=name)  # sums of float32 in another order
+
+
+def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):
+    """As decoding has them: the table is then of rows."""
+    graph, params = tiny_model(elementwise=kernels(alone, interpret=True))
+    plain, _ = tiny_model()
+    x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 32)), jnp.float32)
+    positions = jnp.asarray([[0, 1, 2, 3], [5, 6, 7, 8]])
+    attends = [merge(plain, params).attention] * 2
+    got, want = (merge(g, params).through_blocks(x_BTD, positions, attends) for g in (graph, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5)
