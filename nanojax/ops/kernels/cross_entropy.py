@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from nanojax.ops.xent import IGNORED, LARGEST_SHIFT
 
-AT_ONCE, WARPS = 4096, 8  # logits; not yet measured against others
+AT_ONCE, WARPS = 16384, 16  # logits at a time, and of an instance (scripts/bench/LOG.md)
 LOG2E = math.log2(math.e)
 LOWEST = -1e30  # less than any logit; finite, so that differences of two are numbers
 
@@ -34,6 +34,15 @@ class _Job(NamedTuple):
     def turns(self) -> int:
         return -(-self.vocabulary // self.at_once)
 
+    @property
+    def even(self) -> bool:
+        return self.vocabulary % self.at_once == 0
+
+    @property
+    def bound(self) -> float | None:
+        """What no capped logit exceeds, in powers of two, where that is a safe shift."""
+        return self.softcap * LOG2E if self.softcap is not None and self.softcap <= LARGEST_SHIFT else None
+
 
 def cross_entropy(
     logits_NV: Float[Array, "N V"], targets_N: Int[Array, " N"], softcap: float | None, *, interpret: bool = False
@@ -44,7 +53,7 @@ def cross_entropy(
     the logits are, if nothing else reads them.
     """
     n, v = logits_NV.shape
-    job = _Job(v, min(AT_ONCE, 1 << v.bit_length() - 1), softcap, interpret)
+    job = _Job(v, min(AT_ONCE, 1 << (v - 1).bit_length()), softcap, interpret)
     row = pl.BlockSpec((None, v), lambda i: (i, 0))
     every = pl.BlockSpec((n,), lambda i: (0,))
     nats_N, d_NV = pl.pallas_call(
@@ -62,56 +71,49 @@ def cross_entropy(
 
 
 def _kernel(job: _Job, x_ref, targets_ref, nats_ref, d_ref):
-    """One token. Logits are in powers of two, and 2^(logit - shift) is summed."""
+    """One token, which is read twice, the second time from a cache. Logits are in powers of two, and 2^(logit - shift) is summed."""
     target = targets_ref[pl.program_id(0)]
     valid = target != IGNORED
-    of_target, _ = _capped(job, x_ref[jnp.maximum(target, 0)].astype(jnp.float32))  # before it is written over
+    # Read before it is written over, and as an array: the hardware's tanh takes no scalar.
+    of_target, slope = map(jnp.sum, _capped(job, x_ref[pl.ds(jnp.maximum(target, 0), 1)].astype(jnp.float32)))
 
-    if job.softcap is not None and job.softcap <= LARGEST_SHIFT:
-        shift = job.softcap * LOG2E  # the cap bounds the largest
-    else:
-        largest = jax.lax.fori_loop(0, job.turns, lambda i, most: jnp.maximum(most, _piece(job, x_ref, i)[1]), _all(job, LOWEST))
-        shift, _ = _capped(job, jnp.max(largest))
+    def larger(i, most):
+        return jnp.maximum(most, _capped(job, _piece(job, x_ref, i)[1])[0])
 
     def add(i, total):
         at, x = _piece(job, x_ref, i)
-        return total + _within(job, at, jnp.exp2(_capped(job, x)[0] - shift), 0.0)
+        e = jnp.exp2(_capped(job, x)[0] - shift)
+        return total + (e if job.even else jnp.where(at < job.vocabulary, e, 0.0))
 
-    log2_sum = shift + jnp.log2(jnp.sum(jax.lax.fori_loop(0, job.turns, add, _all(job, 0.0))))
+    shift: Any = job.bound
+    if shift is None:
+        shift = jnp.max(jax.lax.fori_loop(0, job.turns, larger, jnp.full(job.at_once, LOWEST, jnp.float32)))
+    log2_sum = shift + jnp.log2(jnp.sum(jax.lax.fori_loop(0, job.turns, add, jnp.zeros(job.at_once, jnp.float32))))
     nats_ref[pl.program_id(0)] = jnp.where(valid, (log2_sum - of_target) / LOG2E, 0.0)
     weight = valid.astype(jnp.float32)
 
     def write(i, _):
         at, x = _piece(job, x_ref, i)
-        logit, slope = _capped(job, x)
-        d = (jnp.exp2(logit - log2_sum) - (at == target).astype(jnp.float32)) * slope * weight
-        mask = None if job.vocabulary % job.at_once == 0 else at < job.vocabulary
+        logit, slopes = _capped(job, x)
+        d = jnp.exp2(logit - log2_sum) * slopes * weight - jnp.where(at == target, slope, 0.0)  # an ignored target is at no place
+        mask = None if job.even else at < job.vocabulary
         triton.store(d_ref.at[pl.ds(i * job.at_once, job.at_once)], d.astype(d_ref.dtype), mask=mask)
         return 0
 
     jax.lax.fori_loop(0, job.turns, write, 0)
 
 
-def _all(job: _Job, value: float) -> Array:
-    return jnp.full(job.at_once, value, jnp.float32)
-
-
 def _piece(job: _Job, x_ref, i: Any) -> tuple[Array, Array]:
     """(positions in the vocabulary, logits in float32); beyond its end the lowest."""
     at, place = i * job.at_once + jnp.arange(job.at_once), x_ref.at[pl.ds(i * job.at_once, job.at_once)]
-    if job.vocabulary % job.at_once == 0:
+    if job.even:
         return at, triton.load(place).astype(jnp.float32)
     return at, triton.load(place, mask=at < job.vocabulary, other=LOWEST).astype(jnp.float32)
 
 
-def _within(job: _Job, at: Array, x: Array, other: float) -> Array:
-    """What lies in the vocabulary."""
-    return x if job.vocabulary % job.at_once == 0 else jnp.where(at < job.vocabulary, x, other)
-
-
-def _capped(job: _Job, x: Array) -> tuple[Array, Any]:
+def _capped(job: _Job, x: Array) -> tuple[Array, Array]:
     """(capped logits in powers of two, their slope by the logits)."""
     if job.softcap is None:
-        return x * LOG2E, 1.0
+        return x * LOG2E, jnp.ones_like(x)
     tanh = (jnp.tanh if job.interpret else triton.approx_tanh)(x * (1 / job.softcap))
     return tanh * (job.softcap * LOG2E), 1 - tanh * tanh

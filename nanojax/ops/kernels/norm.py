@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 from nanojax.ops.kernels.pieces import powers_of_two
 from nanojax.ops.norm import EPS
 
-TOKENS, WARPS = 4, 4  # at a time, and of an instance; not yet measured against others
-TURNS = 32  # of an instance backward: so many tokens share a sum for the gradient of the gain
+TOKENS, WARPS = 2, 2  # at a time, and of an instance (scripts/bench/LOG.md)
+TURNS = 16  # of an instance backward: so many tokens share a sum for the gradient of the gain
 
 
 def keep_and_norm_reference(x_BTD: Float[Array, "B T D"], gain_D: Float[Array, " D"]) -> tuple[Array, Array]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import Rope, rotate
 
-TOKENS, WARPS = 64, 4  # of an instance; not yet measured against others
+TOKENS, WARPS = 16, 4  # of an instance (scripts/bench/LOG.md)
 
 
 def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope) -> Float[Array, "B T N H"]:

@@ -35,10 +35,10 @@ def naive(logits, targets, softcap):
     return nats(logits), jax.grad(lambda logits: nats(logits).sum())(logits)
 
 
-@pytest.mark.parametrize("vocabulary", [64, 100, 9000])
+@pytest.mark.parametrize("vocabulary", [64, 100, 9000, 40000])
 @pytest.mark.parametrize("softcap", [None, 15.0, 200.0])
 def test_it_is_log_softmax_and_its_gradient(vocabulary, softcap):
-    """A vocabulary in one piece, with a rest, in several pieces; caps that bound the exponent and one that does not."""
+    """Vocabularies that are read in one piece or several, powers of two or not; caps that bound the exponent and one that does not."""
     logits, targets = inputs(11, vocabulary, jnp.float32)
     got, want = cross_entropy(logits, targets, softcap, interpret=True), naive(logits, targets, softcap)
     np.testing.assert_allclose(got[0], want[0], atol=1e-5)  # float32 sums of 9,000 terms
