@@ -97,20 +97,22 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """down(silu(gate(x)) * up(x)). Shazeer 2020, arXiv:2002.05202, equation 6."""
 
-    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array, elementwise: Elementwise = PLAIN):
         k_gate, k_up, k_down = jax.random.split(key, 3)
         self.gate = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="gate", key=k_gate)
         self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
+        self.gated = elementwise.gated
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.gated(x_BTD, self.gate, self.up))
 
 
 class ReLU2(nnx.Module):
     """down(relu(up(x)) ** 2). So et al. 2021, arXiv:2109.08668, section 4."""
 
-    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array):
+    def __init__(self, c: ModelConfig, *, dot: Dot, key: Array, elementwise: Elementwise = PLAIN):
+        del elementwise
         k_up, k_down = jax.random.split(key)
         self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
@@ -127,7 +129,7 @@ class Block(nnx.Module):
         self.norm_1 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.attention = Attention(c, dot=dot, key=k_attention, elementwise=elementwise)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
-        self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn)
+        self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn, elementwise=elementwise)
         self.keep_and_norm = elementwise.keep_and_norm
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:

@@ -83,7 +83,7 @@ class Site:
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind} ({self.platform})",
             "mesh": ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
             "attention": f"{self.attention} ({self.why})",
-            "elementwise": "XLA: " + self.no_kernels if self.no_kernels else "kernels: norms, rotation, loss",
+            "elementwise": "XLA: " + self.no_kernels if self.no_kernels else "kernels: norms, rotation, SwiGLU, loss",
             "precision": f"activations {self.compute}, block matrices {self.rounding.describe(self.config)}, master weights fp32",
             "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
         }
@@ -221,21 +221,26 @@ def attention_of(site: Site) -> AttentionFn:
 
 def elementwise_of(site: Site) -> elementwise.Elementwise:
     """What a site chose to do between products, on all of its devices."""
-    spread = functools.partial(meshes.per_rows, mesh=site.mesh)
-    return elementwise.PLAIN if site.no_kernels else elementwise.kernels(lambda f, rows: spread(f, rows=rows))
+    if site.no_kernels:
+        return elementwise.PLAIN
+    return elementwise.kernels(lambda f, rows: meshes.per_rows(f, site.mesh, rows), joined=product_of(site) is dot)
+
+
+def product_of(site: Site) -> Callable:
+    """The matrix product of a site's precision."""
+    return fp8_dot if site.precision == "fp8" else full_recipe_dot if site.config.train.fp4_recipe == "full" else dot
 
 
 def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT:
     """The model with parameters drawn from `key`."""
-    train = site.config.train
     return GPT(
         site.config.model,
         attention=attention_of(site),
         key=key,
         compute_dtype=DTYPES[site.compute],
-        dot=fp8_dot if site.precision == "fp8" else full_recipe_dot if train.fp4_recipe == "full" else dot,
+        dot=product_of(site),
         elementwise=between,
-        remat=train.remat,
+        remat=site.config.train.remat,
     )
 
 

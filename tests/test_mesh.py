@@ -171,7 +171,7 @@ def per_rows_kernels() -> dict:
 
     want = run(PLAIN)
     with jax.set_mesh(mesh):
-        got = run(kernels(lambda f, rows: per_rows(f, mesh, rows), interpret=True))
+        got = run(kernels(lambda f, rows: per_rows(f, mesh, rows), joined=True, interpret=True))
     return {"off": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -15,6 +16,7 @@ from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
 from nanojax.ops.kernels.norm import keep_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
+from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import Rope, rotate
 from nanojax.ops.xent import nats_and_gradient
@@ -34,11 +36,17 @@ def norm_and_rotate(x_BTNH: Float[Array, "B T N H"], gain_H: Gain, rope: Rope) -
     return rotate(rms_norm(x_BTNH, gain_H), rope)
 
 
+def gated(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable) -> Float[Array, "B T F"]:
+    """silu(gate(x)) * up(x), of two products. Shazeer 2020, arXiv:2002.05202, equation 6."""
+    return jax.nn.silu(gate(x_BTD)) * up(x_BTD)
+
+
 @dataclasses.dataclass(frozen=True)
 class Elementwise:
     """One way to compute each. All ways agree up to rounding, gradients too."""
 
     keep_and_norm: Callable = keep_and_norm
+    gated: Callable = gated
     norm_and_rotate: Callable = norm_and_rotate
     nats_and_gradient: Callable = nats_and_gradient
 
@@ -61,8 +69,8 @@ def refusal(request: Request, tensor: int) -> str | None:
     return None
 
 
-def kernels(spread: Spread, *, interpret: bool = False) -> Elementwise:
-    """Those of ops/kernels, on a GPU, or anywhere with `interpret`."""
+def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Elementwise:
+    """Those of ops/kernels, on a GPU, or anywhere with `interpret`. `joined`: products may have their matrices side by side, as one."""
 
     def known(gain: Gain, size: int) -> Array:
         return jnp.ones(size, jnp.float32) if gain is None else gain
@@ -84,4 +92,8 @@ def kernels(spread: Spread, *, interpret: bool = False) -> Elementwise:
 
         return spread(local, 2)(logits_BTV, targets_BT)
 
-    return Elementwise(norm, turn, nats)
+    def gate_and_up(x_BTD, gate, up):
+        both_BTF = jnp.dot(x_BTD, jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1))
+        return spread(lambda both: swiglu(both, interpret), 1)(both_BTF)
+
+    return Elementwise(norm, gate_and_up if joined else gated, turn, nats)
