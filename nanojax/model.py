@@ -122,7 +122,11 @@ class ReLU2(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One layer: attention, then feed-forward, each on a normalised input and added to the stream."""
+    """One layer: attention, then feed-forward, each on a normalised input and added to the stream.
+
+    The last sum of a layer is left to the next one, which norms it in the same pass: what goes in and out is a stream and what is to be
+    added to it, or None.
+    """
 
     def __init__(self, c: ModelConfig, *, dot: Dot, key: Array, elementwise: Elementwise = PLAIN):
         k_attention, k_ffn = jax.random.split(key)
@@ -130,16 +134,15 @@ class Block(nnx.Module):
         self.attention = Attention(c, dot=dot, key=k_attention, elementwise=elementwise)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn, elementwise=elementwise)
-        self.keep_and_norm = elementwise.keep_and_norm
+        self.add_and_norm = elementwise.add_and_norm
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Array, y_BTD: Array | None, rope, attend: Attend) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         with jax.named_scope("attention"):
-            x_BTD, h_BTD = self.keep_and_norm(x_BTD, self.norm_1.weight)
-            x_BTD = x_BTD + self.attention(h_BTD, rope, attend)
+            x_BTD, h_BTD = self.add_and_norm(x_BTD, y_BTD, self.norm_1.weight)
+            y_BTD = self.attention(h_BTD, rope, attend)
         with jax.named_scope("ffn"):
-            x_BTD, h_BTD = self.keep_and_norm(x_BTD, self.norm_2.weight)
-            x_BTD = x_BTD + self.ffn(h_BTD)
-        return x_BTD
+            x_BTD, h_BTD = self.add_and_norm(x_BTD, y_BTD, self.norm_2.weight)
+            return x_BTD, self.ffn(h_BTD)
 
 
 def make_blocks(block: Callable[..., Block], depth: int, key: Array) -> list[Block]:
@@ -178,6 +181,7 @@ class GPT(nnx.Module):
         self.norm = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.head = Linear((c.width, c.vocab_size), ("embed", "vocab"), dot=dot, name="head", key=k_head, init=zeros)
         self.embed_norm = rms_norm if c.embed_norm else identity
+        self.add_and_norm = elementwise.add_and_norm
         self.head_dim, self.rope_base, self.softcap = c.head_dim, c.rope_base, c.softcap
         self.attention, self.windows = attention, c.windows
         self.compute_dtype, self.remat = compute_dtype, remat
@@ -202,13 +206,15 @@ class GPT(nnx.Module):
     def through_blocks(self, x_BTD: Float[Array, "B T D"], positions: Int[Array, "*B T"], attends: Sequence[Attend]) -> Array:
         """Embedded rows [B, T, D] through every block, each with its own attention, and the last norm; tokens are at `positions`."""
         rope = rope_table(positions, self.head_dim, self.rope_base)
-        x_BTD = self.embed_norm(x_BTD)
+        x_BTD, y_BTD = self.embed_norm(x_BTD), None
         for i, (block, attend) in enumerate(zip(self.blocks, attends, strict=True)):
             layer = layer_of(rope, attend)
             with jax.named_scope(f"block_{i}"):
-                x_BTD = (nnx.remat(layer) if self.remat else layer)(block, x_BTD)
+                x_BTD, y_BTD = (nnx.remat(layer) if self.remat else layer)(block, x_BTD, y_BTD)
+                if self.remat:  # what is kept of a layer is what it is given
+                    x_BTD, y_BTD = x_BTD + y_BTD, None
         with jax.named_scope("final_norm"):
-            return self.norm(x_BTD)
+            return self.add_and_norm(x_BTD, y_BTD, self.norm.weight)[1]
 
     def __call__(self, tokens_BT: Int[Array, "B T"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
         """All logits, in float32. Training does not come here: its loss never makes them all (ops/xent.py)."""
@@ -220,11 +226,11 @@ class GPT(nnx.Module):
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
 
-def layer_of(rope: tuple[Array, Array], attend: Attend) -> Callable[[Block, Array], Array]:
-    """(block, x_BTD) -> x_BTD, for rematerialisation, which takes no function among its arguments."""
+def layer_of(rope: tuple[Array, Array], attend: Attend) -> Callable[[Block, Array, Array | None], tuple[Array, Array]]:
+    """(block, x_BTD, y_BTD) -> (x_BTD, y_BTD), for rematerialisation, which takes no function among its arguments."""
 
-    def layer(block: Block, x_BTD: Array) -> Array:
-        return block(x_BTD, rope, attend)
+    def layer(block: Block, x_BTD: Array, y_BTD: Array | None) -> tuple[Array, Array]:
+        return block(x_BTD, y_BTD, rope, attend)
 
     return layer
 

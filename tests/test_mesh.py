@@ -164,7 +164,7 @@ def per_rows_kernels() -> dict:
 
     def run(between):
         def total(x, heads, gain):
-            kept, normed = between.keep_and_norm(x, gain)
+            kept, normed = between.add_and_norm(x, 2 * x, gain)
             return (kept * normed**2).sum() + (between.norm_and_rotate(heads, gain, rope) ** 3).sum()
 
         return jax.jit(lambda: (jax.grad(total, argnums=(0, 1, 2))(x, heads, gain), between.nats_and_gradient(logits, targets, 15.0)))()

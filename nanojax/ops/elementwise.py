@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
-from nanojax.ops.kernels.norm import keep_and_norm as norm_kernel
+from nanojax.ops.kernels.norm import Stream
+from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
 from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
@@ -26,8 +27,9 @@ Spread = Callable[[Callable, int], Callable]
 """(f, n) -> f on every device with its own rows: of the first n arguments and all results. Other arguments are whole everywhere."""
 
 
-def keep_and_norm(x_BTD: Float[Array, "B T D"], gain_D: Gain) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
-    """(x, rms_norm(x, gain)): the stream, and what a layer reads of it."""
+def add_and_norm(x_BTD: Stream, y_BTD: Stream | None, gain_D: Gain) -> tuple[Stream, Stream]:
+    """(x + y, rms_norm(x + y, gain)): the stream, and what a layer reads of it; y is None where there is nothing to add."""
+    x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, gain_D)
 
 
@@ -45,7 +47,7 @@ def gated(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable) -> Float[A
 class Elementwise:
     """One way to compute each. All ways agree up to rounding, gradients too."""
 
-    keep_and_norm: Callable = keep_and_norm
+    add_and_norm: Callable = add_and_norm
     gated: Callable = gated
     norm_and_rotate: Callable = norm_and_rotate
     nats_and_gradient: Callable = nats_and_gradient
@@ -75,8 +77,8 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
     def known(gain: Gain, size: int) -> Array:
         return jnp.ones(size, jnp.float32) if gain is None else gain
 
-    def norm(x_BTD, gain_D):
-        return spread(lambda x, gain: norm_kernel(x, gain, interpret), 1)(x_BTD, known(gain_D, x_BTD.shape[-1]))
+    def norm(x_BTD, y_BTD, gain_D):
+        return spread(lambda x, y, gain: norm_kernel(x, y, gain, interpret), 2)(x_BTD, y_BTD, known(gain_D, x_BTD.shape[-1]))
 
     def turn(x_BTNH, gain_H, rope):
         if rope[0].ndim == 3:  # rows whose tokens are at places of their own: decoding

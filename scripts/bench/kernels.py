@@ -84,7 +84,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     import jax.numpy as jnp
 
     from nanojax.ops.kernels.cross_entropy import cross_entropy
-    from nanojax.ops.kernels.norm import keep_and_norm, keep_and_norm_reference
+    from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_reference
     from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
     from nanojax.ops.kernels.swiglu import swiglu, swiglu_reference
     from nanojax.ops.rope import rope_table
@@ -94,7 +94,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     rope = rope_table(jnp.arange(c.seq_len), c.head_dim, c.rope_base)
     x = jax.random.normal(jax.random.key(0), (rows, c.seq_len, c.n_head, c.head_dim), jnp.bfloat16)
     gain, stream = jnp.ones(c.width), jax.random.normal(jax.random.key(1), (rows, c.seq_len, c.width), jnp.bfloat16)
-    yield Case(f"norm {list(stream.shape)}", keep_and_norm, keep_and_norm_reference, (stream, gain), 6 * stream.nbytes)
+    yield Case(f"norm {list(stream.shape)}", add_and_norm, add_and_norm_reference, (stream, stream, gain), 8 * stream.nbytes)
     both = jax.random.normal(jax.random.key(4), (rows, c.seq_len, 2 * c.hidden), jnp.bfloat16)
     yield Case(f"swiglu {list(both.shape)}", swiglu, swiglu_reference, (both,), 4 * both.nbytes)
     tokens = rows * c.seq_len // config.train.loss_blocks

@@ -1,4 +1,4 @@
-"""RMSNorm as one kernel each way: what XLA makes two passes of forward, and two and an addition backward.
+"""RMSNorm of a residual sum as one kernel each way: what XLA makes a copy, an addition and two passes of, and more of them backward.
 
 N tokens, D model. An instance takes a few tokens at a time, and D in powers of two, as register arrays are.
 """
@@ -16,50 +16,53 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.pieces import powers_of_two
-from nanojax.ops.norm import EPS
+from nanojax.ops.norm import EPS, rms_norm
 
 TOKENS, WARPS = 2, 2  # at a time, and of an instance (scripts/bench/LOG.md)
 TURNS = 16  # of an instance backward: so many tokens share a sum for the gradient of the gain
+Stream = Float[Array, "B T D"]
 
 
-def keep_and_norm_reference(x_BTD: Float[Array, "B T D"], gain_D: Float[Array, " D"]) -> tuple[Array, Array]:
-    """`keep_and_norm` by the function that it is made of."""
-    from nanojax.ops.norm import rms_norm
-
+def add_and_norm_reference(x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"]) -> tuple[Array, Array]:
+    """`add_and_norm` by the functions that it is made of."""
+    x_BTD = x_BTD if y_BTD is None else x_BTD + y_BTD
     return x_BTD, rms_norm(x_BTD, gain_D)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def keep_and_norm(x_BTD: Float[Array, "B T D"], gain_D: Float[Array, " D"], interpret: bool = False) -> tuple[Array, Array]:
-    """(x, rms_norm(x, gain)), as a stream and what the next layer reads of it; their gradients meet in one pass.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def add_and_norm(x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"], interpret: bool = False) -> tuple[Array, Array]:
+    """(x + y, rms_norm(x + y, gain)), as a stream and what the next layer reads of it; their gradients meet in one pass. y may be None.
 
     The gradient of the gain is summed in float32.
     """
-    return x_BTD, _call(_forward, gain_D, (x_BTD,), interpret)[0]
+    made = _call(_forward, gain_D, (x_BTD,) if y_BTD is None else (x_BTD, y_BTD), interpret)
+    return (x_BTD if y_BTD is None else made[1]), made[0]
 
 
-def _keep_and_norm_forward(x_BTD: Array, gain_D: Array, interpret: bool):
-    return keep_and_norm(x_BTD, gain_D, interpret), (x_BTD, gain_D)
+def _add_and_norm_forward(x_BTD: Array, y_BTD: Array | None, gain_D: Array, interpret: bool):
+    made: Any = add_and_norm(x_BTD, y_BTD, gain_D, interpret)
+    return made, (made[0], gain_D, y_BTD is None)
 
 
-def _keep_and_norm_backward(interpret: bool, kept: tuple[Array, Array], cotangents: tuple[Array, Array]):
-    x_BTD, gain_D = kept
-    dx_BTD, dgain_PD = _call(_backward, gain_D, (x_BTD, *cotangents), interpret)
-    return dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
+def _add_and_norm_backward(interpret: bool, kept: tuple[Array, Array, bool], cotangents: tuple[Array, Array]):
+    sum_BTD, gain_D, alone = kept
+    dx_BTD, dgain_PD = _call(_backward, gain_D, (sum_BTD, *cotangents), interpret)
+    return dx_BTD, None if alone else dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
 
 
-keep_and_norm.defvjp(_keep_and_norm_forward, _keep_and_norm_backward)
+add_and_norm.defvjp(_add_and_norm_forward, _add_and_norm_backward)
 
 
 def _call(kernel: Any, gain_D: Array, xs: Sequence[Array], interpret: bool) -> list[Array]:
-    """Run a kernel over blocks of tokens. It makes an array like x, and the backward one also a part of the gain's gradient."""
+    """Run a kernel over blocks of tokens. It makes an array like x, then the sum of two, or backward a part of the gain's gradient."""
     shape, d = xs[0].shape, xs[0].shape[-1]
-    flat = [x.reshape(-1, d) for x in xs]
+    flat, backward = [x.reshape(-1, d) for x in xs], len(xs) == 3
     n = len(flat[0])
-    tokens = min(TOKENS * (TURNS if len(xs) > 1 else 1), n & -n)  # a power of two that divides them
+    tokens = min(TOKENS * (TURNS if backward else 1), n & -n)  # a power of two that divides them
     own = pl.BlockSpec((tokens, d), lambda i: (i, 0))
-    results = [(jax.ShapeDtypeStruct((n, d), xs[0].dtype), own)]
-    if len(xs) > 1:
+    like_x = 2 if len(xs) == 2 else 1
+    results = [(jax.ShapeDtypeStruct((n, d), xs[0].dtype), own)] * like_x
+    if backward:
         results.append((jax.ShapeDtypeStruct((n // tokens, d), jnp.float32), pl.BlockSpec((None, d), lambda i: (i, 0))))
     made = pl.pallas_call(
         functools.partial(kernel, min(TOKENS, tokens)),
@@ -71,7 +74,7 @@ def _call(kernel: Any, gain_D: Array, xs: Sequence[Array], interpret: bool) -> l
         name=f"norm{kernel.__name__}",
         interpret=interpret,
     )(gain_D.astype(jnp.float32), *flat)
-    return [made[0].reshape(shape), *made[1:]]
+    return [*(y.reshape(shape) for y in made[:like_x]), *made[like_x:]]
 
 
 def _rows(ref, at: Any) -> list[Array]:
@@ -88,12 +91,20 @@ def _mean(parts: list[Array], d: int) -> Array:
     return functools.reduce(jnp.add, (jnp.sum(part, axis=1, keepdims=True) for part in parts)) / d
 
 
-def _forward(tokens: int, gain_ref, x_ref, y_ref):
+def _forward(tokens: int, gain_ref, x_ref, *refs):
     d, at = x_ref.shape[1], pl.ds(0, tokens)
     xs = _rows(x_ref, at)
+    if len(refs) == 3:
+        y_ref, h_ref, sum_ref = refs
+        sums = [(x + y).astype(x_ref.dtype) for x, y in zip(xs, _rows(y_ref, at), strict=True)]
+        for total, (start, size) in zip(sums, powers_of_two(d), strict=True):
+            sum_ref[at, pl.ds(start, size)] = total
+        xs = [total.astype(jnp.float32) for total in sums]
+    else:
+        (h_ref,) = refs
     over = jax.lax.rsqrt(_mean([x * x for x in xs], d) + EPS)
     for x, gain, (start, size) in zip(xs, _pieces(gain_ref), powers_of_two(d), strict=True):
-        y_ref[at, pl.ds(start, size)] = (x * over * gain).astype(y_ref.dtype)
+        h_ref[at, pl.ds(start, size)] = (x * over * gain).astype(h_ref.dtype)
 
 
 def _backward(tokens: int, gain_ref, x_ref, kept_ref, dy_ref, dx_ref, dgain_ref):

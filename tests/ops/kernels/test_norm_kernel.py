@@ -7,41 +7,44 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanojax.ops.kernels.norm import keep_and_norm, keep_and_norm_reference
+from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_reference
 
 
-def results(f, shape, dtype):
-    """(stream, normed, gradients of x and gain) of a function, with random cotangents of both."""
+def results(f, shape, dtype, alone=False):
+    """(stream, normed, gradients of x, y if there is one, and gain) of a function, with random cotangents of both results."""
     rng = np.random.default_rng(0)
-    x, dkept, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(3))
+    x, y, dsum, dh = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(4))
     gain = jnp.asarray(1 + 0.2 * rng.standard_normal(shape[-1]), jnp.float32)
-    (kept, y), vjp = jax.vjp(f, x, gain)
-    return kept, y, *vjp((dkept, dy))
+    (total, h), vjp = jax.vjp(f, x, None if alone else y, gain)
+    dx, dy, dgain = vjp((dsum, dh))
+    return total, h, dx, *(() if alone else (dy,)), dgain
 
 
 @pytest.mark.parametrize("shape", [(2, 8, 48), (1, 7, 32), (3, 64, 8), (2, 128, 28)])
-def test_it_is_the_norm_beside_its_stream_forward_and_backward(shape):
-    """Columns of one and of several powers of two; tokens for many turns, and of an odd number."""
-    got = results(lambda *a: keep_and_norm(*a, True), shape, jnp.float32)
-    for a, b in zip(got, results(keep_and_norm_reference, shape, jnp.float32), strict=True):
+@pytest.mark.parametrize("alone", [False, True])
+def test_it_is_the_norm_of_a_sum_beside_it_forward_and_backward(shape, alone):
+    """Columns of one and of several powers of two; tokens for many turns, and of an odd number; something to add, and nothing."""
+    got = results(lambda *a: add_and_norm(*a, True), shape, jnp.float32, alone)
+    for a, b in zip(got, results(add_and_norm_reference, shape, jnp.float32, alone), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))  # sums of float32 in another order
 
 
 def test_in_bf16_it_rounds_where_the_norm_does():
-    got, want = (results(f, (2, 64, 48), jnp.bfloat16) for f in (lambda *a: keep_and_norm(*a, True), keep_and_norm_reference))
-    for a, b in zip(got[:3], want[:3], strict=True):
+    got, want = (results(f, (2, 64, 48), jnp.bfloat16) for f in (lambda *a: add_and_norm(*a, True), add_and_norm_reference))
+    np.testing.assert_array_equal(got[0], want[0])
+    for a, b in zip(got[1:4], want[1:4], strict=True):
         assert a.dtype == jnp.bfloat16
         assert (a != b).mean() < 0.02  # of an rsqrt that differs in its last bit
-    np.testing.assert_allclose(got[3], want[3], rtol=1e-2, atol=0.1)  # of 128 values rounded to 8 bits
+    np.testing.assert_allclose(got[4], want[4], rtol=1e-2, atol=0.1)  # of 128 values rounded to 8 bits
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 256, 768), (3, 77, 1280), (1, 2048, 88)])
 def test_the_compiled_norm_agrees_on_a_gpu(shape):
-    got, want = (jax.jit(results, static_argnums=(0, 1, 2))(f, shape, jnp.bfloat16) for f in (compiled, keep_and_norm_reference))
+    got, want = (jax.jit(results, static_argnums=(0, 1, 2))(f, shape, jnp.bfloat16) for f in (compiled, add_and_norm_reference))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=2e-2 * float(jnp.abs(b).max()))  # bf16
 
 
-def compiled(x, gain):
-    return keep_and_norm(x, gain)
+def compiled(x, y, gain):
+    return add_and_norm(x, y, gain)
