@@ -22,7 +22,7 @@ class UserError(NanoJaxError, ValueError):
 
 
 class NonFiniteError(NanoJaxError):
-    """Training produced NaN or infinity and cannot go on."""
+    """NaN or infinity, of training that cannot go on, or of a model that says nothing."""
 
     exit_code = 3
 

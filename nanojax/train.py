@@ -209,7 +209,7 @@ def start(program: Program) -> TrainState:
     if train.init_from is None:
         return state
     checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
     print(f"weights of step {checkpoints.latest} of {train.init_from}")
     checkpoints.close()
     return replace(state, params=params)

@@ -109,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     step = checkpoints.latest or 0
     program = make_program(unplaced(config), jax.devices()[:1])
     target = choose(config, command, program.phase(step).precision)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
     checkpoints.close()
     rounding = None
     if target.format in FORMATS:
