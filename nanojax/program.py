@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from jaxtyping import Array
 from nanojax import mesh as meshes
 from nanojax.checks import parse_mesh
 from nanojax.config import Config, TrainConfig
+from nanojax.data.shards import storing
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
@@ -154,21 +157,29 @@ class Program(Site):
 
 
 def keep_compiled_programs(cache: str) -> None:
-    """Let jax store compiled programs below the cache folder, so that a second start skips compilation."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser() / "xla"))
+    """Let jax store compiled programs below the cache folder, so that a second start skips compilation.
+
+    Raises StorageError where it cannot be written: jax would say so at every program, and go on.
+    """
+    folder = Path(cache).expanduser() / "xla"
+    with storing(Path(cache)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @contextlib.contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def out_of_memory_told(remedy: str = "try a smaller --micro-batch, --remat, or fsdp in --mesh") -> Iterator[None]:
     """Turn a device's out-of-memory into a UserError that says what to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):  # the latter on CPUs
             raise
         what = str(error).splitlines()[0][:160]
-        raise UserError(f"the devices are out of memory ({what}); try a smaller --micro-batch, --remat, or fsdp in --mesh") from error
+        raise UserError(f"the devices are out of memory ({what}); {remedy}") from error
 
 
 @contextlib.contextmanager
