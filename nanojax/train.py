@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = folder.steps[-1] + 1 if command.resume else 1
         if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
-            raise UserError(f"--profile must begin at one of the steps {first} to {config.steps} of this run, given {command.profile}")
+            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
         train(config, command, folder, data, started)
 
 

@@ -310,7 +310,7 @@ def test_the_config_is_printed_and_nothing_runs(presets, tmp_path, capsys):
 def test_a_checkpoint_of_another_tokenizer_and_a_window_that_is_past_are_refused(presets, start, tmp_path):
     out = tmp_path / "run"
     start(presets["modern"], "--stop-after", "3", out=out, expect=Interrupted)
-    with pytest.raises(UserError, match="--profile must begin at one of the steps 4 to 40"):
+    with pytest.raises(UserError, match=r"--profile must begin at a step from 4 to 40, given .*; try 4:4"):
         train_module.main([presets["modern"], "--out", str(out), "--resume", "--profile", "2:3"])
     data = prepare(load_preset(presets["modern"]).data, 512, lambda _: None)
     with pytest.raises(UserError, match=r"newest checkpoint .* has the tokenizer other"):
