@@ -195,16 +195,36 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
     meshes.check_divisible(config.model, mesh)
-    platform = mesh.devices.flat[0].platform
-    compute, precision = formats(config, platform)
+    compute, precision = formats(config, mesh.devices.flat[0].platform)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas) * replicas
+    request = request_of(config, mesh, rows // replicas)
+    with attention_told():
+        attention, why = resolve(config.train.attn_impl, request)
+    accumulation = config.batch_tokens // (config.model.seq_len * rows)
+    return Site(config, mesh, attention, why, request, compute, precision, rows, accumulation)
+
+
+def require_attention(config: Config) -> None:
+    """Raise UserError where these devices do not have the attention that the config names, before its data is prepared.
+
+    The vocabulary is not known yet, nor how many rows a device takes, which may follow from it: `choose_site` asks once more.
+    """
+    mesh = meshes.make_mesh(parse_mesh(config.train.mesh))
+    meshes.check_divisible(dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"]), mesh)
+    with attention_told():
+        resolve(config.train.attn_impl, request_of(config, mesh, rows=1))
+
+
+def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
+    """What a device of the mesh asks of its attention, for so many rows."""
+    platform = mesh.devices.flat[0].platform
     capabilities = [c for device in mesh.devices.flat if (c := getattr(device, "compute_capability", None))]
-    request = Request(
+    return Request(
         platform=platform,
         capability=min(capabilities, key=float, default=None),
-        dtype=DTYPES[compute],
-        rows=rows // replicas,
+        dtype=DTYPES[formats(config, platform)[0]],
+        rows=rows,
         tokens=config.model.seq_len,
         heads=config.model.n_head // mesh.shape["tensor"],
         kv_heads=config.model.kv_heads // mesh.shape["tensor"],
@@ -212,10 +232,6 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
         windows=tuple(dict.fromkeys(config.model.windows)),
         documents=config.data.documents,
     )
-    with attention_told():
-        attention, why = resolve(config.train.attn_impl, request)
-    accumulation = config.batch_tokens // (config.model.seq_len * rows)
-    return Site(config, mesh, attention, why, request, compute, precision, rows, accumulation)
 
 
 def attention_of(site: Site) -> AttentionFn:

@@ -61,6 +61,10 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.sizes import resolve
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
+    if command.config.train.attn_impl != "auto":  # which a device may lack: said before minutes of tokenising, not after
+        from nanojax.program import require_attention
+
+        require_attention(command.config)
     with folder.open_for_training(command.resume):
         data = prepare(command.config.data, command.config.model.vocab_size, print)
         config = resolve(command.config, data.tokenizer.n_vocab)

@@ -322,3 +322,10 @@ def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith(f"step {STEPS}: {straight.summary['val_bpb']:.6f} bits per byte, ")
     assert f" {straight.summary['val_tokens']:,} tokens" in said
+
+
+def test_attention_that_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path):
+    flags = ["--attn-impl", "te", "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="attn_impl=te: te "):
+        train_module.main([presets["modern"], *flags])
+    assert not any(tmp_path.iterdir())
