@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from nanojax.errors import StorageError, UserError
+from nanojax.errors import NonFiniteError, StorageError, UserError
 from nanojax.step import TrainState
 
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
@@ -82,6 +83,17 @@ class Checkpoints:
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in shapes.items()}
         return self._load({"params": target})["params"]
 
+    def finite_params(self, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
+        """`restore_params` for a model that is used. Raises NonFiniteError where values are not finite: no run saves such, a disk may."""
+        params = self.restore_params(shapes, shardings)
+        counts = jax.device_get({name: not_finite(w) for name, w in params.items()})
+        if bad := [name for name, count in counts.items() if count]:
+            raise NonFiniteError(
+                f"weights must be finite, and {bad[0]} in {self.folder / str(self.latest)} has {counts[bad[0]]} values that are not; "
+                f"move that folder away to go on from an older one"
+            )
+        return params
+
     def meta(self) -> dict[str, Any]:
         """Meta of the newest checkpoint."""
         return json.loads(self._load({"meta": None})["meta"]["json"])
@@ -122,6 +134,12 @@ def storage(folder: Path) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
             raise
         raise StorageError(f"no space left in {folder}; free some there, or give another --out") from error
+
+
+@jax.jit
+def not_finite(w: jax.Array) -> jax.Array:
+    """How many values are NaN or infinite. Of one array: those of a model have few shapes, each of which compiles once."""
+    return jnp.sum(~jnp.isfinite(w))
 
 
 def cause(error: BaseException) -> str:

@@ -39,9 +39,9 @@ def check_types(config: Any) -> None:
         value = getattr(config, name)
         if not fits(value, hint):
             wanted = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else str(getattr(hint, "__name__", hint))
-            raise UserError(f"{name}={value!r:.60} must be one of these: {wanted.replace('NoneType', 'None')}")
+            raise UserError(f"{name}={value!r:.60} must be one of these: {wanted.replace('NoneType', 'None')}; write one of them")
         if isinstance(value, int) and abs(value) >= LARGEST:
-            raise UserError(f"{name}={value:.3g} must be below {LARGEST}; write a smaller number")
+            raise UserError(f"{name}={value} must be below {LARGEST}; write a smaller number")
         if value == "" and name not in ("mesh", "prompt"):
             raise UserError(f"{name} must not be empty; {'leave it out to have it derived' if fits(None, hint) else 'give one'}")
 
@@ -67,7 +67,7 @@ def require_positive(name: str, value: float, *, zero: bool = False) -> None:
 def require_share(name: str, value: float) -> None:
     """Raise UserError unless value lies in [0, 1]."""
     if not 0 <= value <= 1:
-        raise UserError(f"{name}={value} must lie between 0 and 1")
+        raise UserError(f"{name}={value} must lie between 0 and 1; leave it out for the default")
 
 
 def parse_mesh(text: str) -> dict[str, int]:

@@ -120,5 +120,5 @@ def load_preset(path: str | Path) -> Config:
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to mend
         raise UserError(f"preset {path} raised {type(error).__name__}: {error}; run it with python to see where") from error
     if not isinstance(config, Config):
-        raise UserError(f"a preset must assign `config = Config(...)`, and {path} has config={config!r}")
+        raise UserError(f"a preset must assign `config = Config(...)`, and {path} has config={config!r}; write one there")
     return config

@@ -91,6 +91,11 @@ class ModelConfig:
             raise UserError(f"window_pattern={self.window_pattern!r:.40} must be made of S and L; try SSSL")
         if "L" in self.window_pattern and self.window is None:
             raise UserError(f"window_pattern={self.window_pattern} needs a window for its S; add --window {self.seq_len // 4}")
+        if self.window is not None and not any(self.windows):
+            raise UserError(
+                f"window={self.window} is for layers that are S, and window_pattern={self.window_pattern:.40} makes none of "
+                f"depth={self.depth}, the last being L where the pattern has one; drop both, or try --window-pattern S"
+            )
         if self.n_head % self.kv_heads:
             raise UserError(
                 f"n_head={self.n_head} must be a multiple of n_kv_head={self.kv_heads}; "

@@ -22,7 +22,7 @@ class UserError(NanoJaxError, ValueError):
 
 
 class NonFiniteError(NanoJaxError):
-    """Training produced NaN or infinity and cannot go on."""
+    """NaN or infinity, of training that cannot go on, or of a model that says nothing."""
 
     exit_code = 3
 
@@ -58,11 +58,40 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except OSError as error:
         if debug:
             raise
-        print(f"nanojax: error: {error.strerror or error}: {error.filename!s:.80}; give another path, or mend this one", file=sys.stderr)
+        print(f"nanojax: error: {error.strerror or error}: {culprit(error)}", file=sys.stderr)
         code = UserError.exit_code if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR) else StorageError.exit_code
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if debug or not platforms or not of_backends(error):
+            raise
+        why = f" ({str(error).splitlines()[0].partition(' (set ')[0]:.160})" if str(error) else ""
+        words = f"JAX_PLATFORMS must name devices that this machine has, given {platforms!r:.40}{why}; unset it, or set it to cpu"
+        print(f"nanojax: error: {words}", file=sys.stderr)
+        code = UserError.exit_code
     except KeyboardInterrupt:
         if debug:
             raise
         print("nanojax: interrupted: nothing was saved", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def culprit(error: OSError) -> str:
+    """What an OSError is about, and the remedy. It names a path that cannot be opened, but no file or stream that cannot be written."""
+    if error.filename is not None:
+        return f"{error.filename!s:.80}; give another path, or mend this one"
+    try:
+        print(flush=True)  # ends a line that broke off, where standard output is not what failed
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it holds back would fail again as Python exits
+        return "standard output; send it elsewhere, or free space there"
+    return "a file that was open; free space there"
+
+
+def of_backends(error: BaseException) -> bool:
+    """Whether jax raised it while it looked for devices; it asserts where CUDA is asked for and there is no GPU."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    frame = trace and trace.tb_frame
+    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == ("jax._src.xla_bridge", "backends")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from jaxtyping import Array
 from nanojax import mesh as meshes
 from nanojax.checks import parse_mesh
 from nanojax.config import Config, TrainConfig
+from nanojax.data.shards import storing
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
 from nanojax.ops import elementwise
@@ -159,21 +162,29 @@ class Program(Site):
 
 
 def keep_compiled_programs(cache: str) -> None:
-    """Let jax store compiled programs below the cache folder, so that a second start skips compilation."""
-    jax.config.update("jax_compilation_cache_dir", str(Path(cache).expanduser() / "xla"))
+    """Let jax store compiled programs below the cache folder, so that a second start skips compilation.
+
+    Raises StorageError where it cannot be written: jax would say so at every program, and go on.
+    """
+    folder = Path(cache).expanduser() / "xla"
+    with storing(Path(cache)):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @contextlib.contextmanager
-def out_of_memory_told() -> Iterator[None]:
+def out_of_memory_told(remedy: str = "try a smaller --micro-batch, --remat, or fsdp in --mesh") -> Iterator[None]:
     """Turn a device's out-of-memory into a UserError that says what to change."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not re.search("RESOURCE_EXHAUSTED|Out of memory", str(error)):  # the latter on CPUs
             raise
         what = str(error).splitlines()[0][:160]
-        raise UserError(f"the devices are out of memory ({what}); try a smaller --micro-batch, --remat, or fsdp in --mesh") from error
+        raise UserError(f"the devices are out of memory ({what}); {remedy}") from error
 
 
 @contextlib.contextmanager
@@ -189,16 +200,37 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
     meshes.check_divisible(config.model, mesh)
-    platform = mesh.devices.flat[0].platform
-    compute, precision = formats(config, platform)
+    compute, precision = formats(config, mesh.devices.flat[0].platform)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas) * replicas
+    request = request_of(config, mesh, rows // replicas)
+    with attention_told():
+        attention, why = resolve(config.train.attn_impl, request)
+    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request, mesh.shape["tensor"])
+    accumulation = config.batch_tokens // (config.model.seq_len * rows)
+    return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
+
+
+def require_attention(config: Config) -> None:
+    """Raise UserError where these devices do not have the attention that the config names, before its data is prepared.
+
+    The vocabulary is not known yet, nor how many rows a device takes, which may follow from it: `choose_site` asks once more.
+    """
+    mesh = meshes.make_mesh(parse_mesh(config.train.mesh))
+    meshes.check_divisible(dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"]), mesh)
+    with attention_told():
+        resolve(config.train.attn_impl, request_of(config, mesh, rows=1))
+
+
+def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
+    """What a device of the mesh asks of its attention, for so many rows."""
+    platform = mesh.devices.flat[0].platform
     capabilities = [c for device in mesh.devices.flat if (c := getattr(device, "compute_capability", None))]
-    request = Request(
+    return Request(
         platform=platform,
         capability=min(capabilities, key=float, default=None),
-        dtype=DTYPES[compute],
-        rows=rows // replicas,
+        dtype=DTYPES[formats(config, platform)[0]],
+        rows=rows,
         tokens=config.model.seq_len,
         heads=config.model.n_head // mesh.shape["tensor"],
         kv_heads=config.model.kv_heads // mesh.shape["tensor"],
@@ -206,11 +238,6 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
         windows=tuple(dict.fromkeys(config.model.windows)),
         documents=config.data.documents,
     )
-    with attention_told():
-        attention, why = resolve(config.train.attn_impl, request)
-    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request, mesh.shape["tensor"])
-    accumulation = config.batch_tokens // (config.model.seq_len * rows)
-    return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
 
 
 def attention_of(site: Site) -> AttentionFn:

@@ -100,7 +100,7 @@ class Tokenizer:
         except FileNotFoundError:
             raise UserError(f"tokenizer {path} does not exist; make one with `nanojax tokenizer train --out {path}`") from None
         except OSError as error:
-            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}") from error
+            raise UserError(f"tokenizer {path} cannot be read: {error.strerror}; {REMEDY}") from error
         except (ValueError, RecursionError):
             raise UserError(f"tokenizer {path} is not JSON; {REMEDY}") from None
         try:

@@ -61,6 +61,10 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.sizes import resolve
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
+    if command.config.train.attn_impl != "auto":  # which a device may lack: said before minutes of tokenising, not after
+        from nanojax.program import require_attention
+
+        require_attention(command.config)
     with folder.open_for_training(command.resume):
         data = prepare(command.config.data, command.config.model.vocab_size, print)
         config = resolve(command.config, data.tokenizer.n_vocab)
@@ -77,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = folder.steps[-1] + 1 if command.resume else 1
         if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
-            raise UserError(f"--profile must begin at one of the steps {first} to {config.steps} of this run, given {command.profile}")
+            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
         train(config, command, folder, data, started)
 
 
@@ -209,7 +213,7 @@ def start(program: Program) -> TrainState:
     if train.init_from is None:
         return state
     checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
     print(f"weights of step {checkpoints.latest} of {train.init_from}")
     checkpoints.close()
     return replace(state, params=params)

@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from nanojax.checkpoint import Checkpoints, state_sha256, storage
 from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
-from nanojax.errors import StorageError, UserError
+from nanojax.errors import NonFiniteError, StorageError, UserError
 from nanojax.step import TrainState
 
 # orbax leaves coroutines behind when a file is damaged; Python says so whenever it happens to collect them.
@@ -167,6 +167,18 @@ def test_the_newest_keep_checkpoints_stay(checkpoints):
     assert checkpoints.latest == 9
     assert sorted(int(child.name) for child in checkpoints.folder.iterdir()) == [5, 9]
     assert int(checkpoints.restore(*layout(small_state()))[0].step) == 9
+
+
+def test_weights_that_are_not_finite_are_given_to_no_model(checkpoints):
+    shapes, shardings = (each.params for each in layout(small_state()))
+    checkpoints.save(small_state(3), META)
+    checkpoints.wait()
+    assert checkpoints.finite_params(shapes, shardings).keys() == shapes.keys()
+    bad = small_state(4).params["a.w"].at[1, 2:4].set(jnp.array([jnp.nan, jnp.inf]))
+    checkpoints.save(dataclasses.replace(small_state(4), params=small_state(4).params | {"a.w": bad}), META)
+    checkpoints.wait()
+    with pytest.raises(NonFiniteError, match=r"a\.w in .*/4 has 2 values that are not; move that folder away"):
+        checkpoints.finite_params(shapes, shardings)
 
 
 def test_saving_a_step_twice_saves_it_once(checkpoints):

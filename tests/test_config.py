@@ -108,7 +108,6 @@ def test_a_pattern_says_which_layers_have_the_window_and_ends_long():
 
     assert windows(6, "SSSL") == (8, 8, 8, None, 8, None)
     assert windows(5, "SL") == (8, None, 8, None, None)
-    assert windows(1, "SSSL") == (None,)
     assert windows(3, "S") == (8, 8, 8)
     assert ModelConfig(depth=3).windows == (None, None, None)
 
@@ -132,6 +131,11 @@ def test_the_nanochat_block_takes_changes():
         (lambda: ModelConfig(n_kv_head=12), "n_head=6 must be a multiple of n_kv_head=12; try --n-kv-head 6"),
         (lambda: ModelConfig(window_pattern="SSXL", window=4), "window_pattern='SSXL' must be made of S and L; try SSSL"),
         (lambda: ModelConfig(window_pattern="SL"), "window_pattern=SL needs a window for its S; add --window 512"),
+        (
+            lambda: ModelConfig(window=8, window_pattern="LLLL"),
+            "window=8 is for layers that are S, and window_pattern=LLLL makes none of depth=12",
+        ),
+        (lambda: ModelConfig(depth=1, window=8, window_pattern="SL"), "window_pattern=SL makes none of depth=1, the last being L"),
         (lambda: ModelConfig(window=0), "window=0 must be above 0"),
         (lambda: ModelConfig(softcap=float("inf")), "softcap=inf must be above 0"),
         (lambda: ModelConfig(rope_base=1.0), "rope_base=1.0 must be above 1; try 100000"),

@@ -91,6 +91,47 @@ def test_debug_brings_the_traceback_back():
     assert "head_dim=33 must be even" in run.stderr.splitlines()[-1]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+@pytest.mark.parametrize("writes", ["print('x', flush=True)", "print('x')"], ids=["at-once", "buffered"])
+def test_a_full_standard_output_is_named(writes):
+    program = f"from nanojax.errors import run_main\ndef main(argv):\n    {writes}\nrun_main(main, [])"
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, env=env
+        )
+    assert run.stderr == "nanojax: error: No space left on device: standard output; send it elsewhere, or free space there\n"
+    assert run.returncode == 4
+
+
+def test_a_disk_that_is_full_is_not_taken_for_standard_output(capsys):
+    assert outcome(raising(OSError(28, "No space left on device"))) == 4
+    assert capsys.readouterr().err == "nanojax: error: No space left on device: a file that was open; free space there\n"
+
+
+def test_devices_that_the_environment_names_in_vain_are_refused_in_a_line():
+    """jax raises on a name that it does not know, and asserts where CUDA is asked for and there is no GPU."""
+    program = """
+import os
+import jax
+from jax._src import hardware_utils
+from nanojax.errors import run_main
+hardware_utils.has_visible_nvidia_gpu = lambda: False
+for name in ("foo", "cuda"):
+    os.environ["JAX_PLATFORMS"] = name
+    jax.config.update("jax_platforms", name)
+    try:
+        run_main(lambda _: print(jax.devices()), [])
+    except SystemExit as stop:
+        print(stop.code)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert run.stdout.split() == ["2", "2"], run.stderr
+    first, second = run.stderr.splitlines()
+    assert first.startswith("nanojax: error: JAX_PLATFORMS must name devices that this machine has, given 'foo' (Unable to initialize")
+    assert second.endswith("given 'cuda'; unset it, or set it to cpu")
+
+
 @pytest.mark.parametrize("writes", ["print('x', flush=True)", "print('x')"], ids=["at-once", "buffered"])
 def test_a_reader_that_has_enough_is_no_failure(writes):
     program = f"from nanojax.errors import run_main\ndef main(argv):\n    {writes}\nrun_main(main, [])"

@@ -12,11 +12,11 @@ import pytest
 
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.data.loader import Batch
-from nanojax.errors import UserError
+from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import make_program
+from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -206,3 +206,19 @@ def test_an_fp8_step_on_a_gpu_multiplies_in_8_bits():
     assert compiled.count('custom_call_target="__cublas$lt$matmul$f8"') >= 2 * 7 * 2  # XLA may make one of several
     losses = run(program, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_anything_compiles(tmp_path):
+    (tmp_path / "file").touch()
+    kept = jax.config.jax_compilation_cache_dir
+    with pytest.raises(StorageError, match=r"cannot write to the cache .*file: Not a directory; free space there, or .* --data\.cache"):
+        keep_compiled_programs(str(tmp_path / "file"))
+    assert jax.config.jax_compilation_cache_dir == kept
+
+
+@pytest.mark.parametrize(
+    "words", ["RESOURCE_EXHAUSTED: Out of memory while", "INTERNAL: Error dispatching: Out of memory allocating 9 bytes."]
+)
+def test_a_device_without_memory_left_is_told_in_a_line(words):
+    with pytest.raises(UserError, match=r"the devices are out of memory \(.*\); buy more"), out_of_memory_told("buy more"):
+        raise jax.errors.JaxRuntimeError(f"{words}\nand more")

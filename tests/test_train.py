@@ -310,7 +310,7 @@ def test_the_config_is_printed_and_nothing_runs(presets, tmp_path, capsys):
 def test_a_checkpoint_of_another_tokenizer_and_a_window_that_is_past_are_refused(presets, start, tmp_path):
     out = tmp_path / "run"
     start(presets["modern"], "--stop-after", "3", out=out, expect=Interrupted)
-    with pytest.raises(UserError, match="--profile must begin at one of the steps 4 to 40"):
+    with pytest.raises(UserError, match=r"--profile must begin at a step from 4 to 40, given .*; try 4:4"):
         train_module.main([presets["modern"], "--out", str(out), "--resume", "--profile", "2:3"])
     data = prepare(load_preset(presets["modern"]).data, 512, lambda _: None)
     with pytest.raises(UserError, match=r"newest checkpoint .* has the tokenizer other"):
@@ -322,3 +322,10 @@ def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
     said = capsys.readouterr().out.splitlines()[-1]
     assert said.startswith(f"step {STEPS}: {straight.summary['val_bpb']:.6f} bits per byte, ")
     assert f" {straight.summary['val_tokens']:,} tokens" in said
+
+
+def test_attention_that_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path):
+    flags = ["--attn-impl", "te", "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="attn_impl=te: te "):
+        train_module.main([presets["modern"], *flags])
+    assert not any(tmp_path.iterdir())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -22,6 +23,10 @@ from nanojax.errors import UserError, run_main
 from nanojax.runs import RunFolder
 from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer
+
+sys.path.append(str(Path(__file__).parents[1] / "scripts/bench"))
+
+import decode
 
 VOCABULARY = 300
 BARE_S, DEVICE_S = 2.0, 6.0  # the promise of the issue, on an idle machine
@@ -187,6 +192,21 @@ QUICK = {
     "data fetch": ("fetch", "download"),
     "train --out runs/nothing --resume": ("--resume needs a checkpoint", "runs/nothing has none", "drop --resume"),
 }
+# Of scripts/bench/decode.py, after the preset that is the default config.
+BENCH = {
+    "--formats foo": ("'foo'", "'nvfp4'", "--help"),
+    "--formats fp8": ("'fp8'", "'nvfp4'", "--help"),
+    "--formats nvfp4": ("packed weights", "choose --formats bf16"),
+    "--formats": ("given []", "for the defaults"),
+    "--batches": ("given ['bf16'], []", "for the defaults"),
+    "--batches 1 0": ("[1, 0]", "for the defaults"),
+    "--rounds 99999999999": ("99999999999", "for the defaults"),
+    "--prompt 0": ("given 0 and 512", "try --prompt 512"),
+    "--prompt -5": ("given -5", "try --prompt 512"),
+    "--vocab-size 100": ("vocab_size=100", "at least 265", "leave it out"),
+    "--compute-dtype fp32": ("compute_dtype=fp32", "drop --compute-dtype"),
+    "--precision nvfp4": ("precision=nvfp4", "drop --compute-dtype and --precision"),
+}
 DEVICE = {
     f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),
     f"{HERE} --mesh data=3,fsdp=2 --out d1": ("data=3,fsdp=2 makes 6, there are 1", "try --mesh data=1"),
@@ -213,6 +233,16 @@ def test_a_wrong_call_states_value_and_remedy(world, line, monkeypatch, capsys):
     assert 1 <= len(said) <= 3
     assert said[-1].startswith("nanojax: error: ")
     assert all(word in "\n".join(said) for word in QUICK[line]), said
+
+
+@pytest.mark.parametrize("line", BENCH)
+def test_a_bench_that_cannot_be_is_refused_before_its_table_begins(world, line, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_main(decode.main, [str(world.root / "good.py"), *line.split()])
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out) == (2, "")
+    assert re.fullmatch("nanojax: error: .*\n", err)
+    assert all(word in err for word in BENCH[line]), err
 
 
 @pytest.mark.parametrize("line", DEVICE)

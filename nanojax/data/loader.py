@@ -54,7 +54,9 @@ class Loader(Iterator[Batch]):
     ) -> None:
         """`sharding` is that of [A, B, T]. Raises UserError when the rows do not divide by accum and mesh."""
         if rows_per_step % accum:
-            raise UserError(f"rows a step must be a multiple of the accumulation, given {rows_per_step} rows and accum={accum}")
+            raise UserError(
+                f"rows a step must be a multiple of the accumulation, given {rows_per_step} rows and accum={accum}; change one of them"
+            )
         self._placement = _Placement((accum, rows_per_step // accum, plan.seq_len), sharding)
         steps = _Steps(store, plan, self._placement, seed, n_vocab)
         # No reading threads but one: the rows are memory-mapped, and grain's pool is slower than reading in turn.

@@ -138,7 +138,7 @@ def prepare(data: DataConfig, vocab_size: int, log: Log) -> Prepared:
         log(f"tokens: from {folder}")
     else:
         began = time.monotonic()
-        with _storing(cache):
+        with storing(cache):
             _build(data, source, tokenizer, mark, folder, log)
         log(f"tokens: made {folder} in {time.monotonic() - began:.1f} s")
     train, val = (TokenStore(folder, split) for split in get_args(corpus.Split))
@@ -168,12 +168,12 @@ def tokenizer_of(data: DataConfig, vocab_size: int, log: Log, source: corpus.Sou
         how = f"from {path}"
     else:
         began = time.monotonic()
-        with _storing(cache):
+        with storing(cache):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not os.access(path.parent, os.W_OK):  # find out before minutes of training, not after
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         tokenizer = train_tokenizer(data, vocab_size)
-        with _storing(cache):
+        with storing(cache):
             tokenizer.save(path)
         how = f"trained in {time.monotonic() - began:.1f} s, kept as {path}"
     less = "" if tokenizer.n_vocab == vocab_size else f" (the corpus has no more pairs to merge, asked were {vocab_size:,})"
@@ -354,7 +354,7 @@ def _progress(pairs: Iterator[tuple[corpus.Split, str]], log: Log) -> Iterator[t
 
 
 @contextlib.contextmanager
-def _storing(cache: Path) -> Iterator[None]:
+def storing(cache: Path) -> Iterator[None]:
     """Trouble with the cache's disk, as one line that names the flag to change."""
     try:
         yield
@@ -363,7 +363,8 @@ def _storing(cache: Path) -> Iterator[None]:
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error  # a StorageError from below names another remedy
         raise StorageError(
-            f"cannot write to the cache {cache}: {reason}; free space there, or choose a folder with --data.cache"
+            f"cannot write to the cache {cache}: {reason}; free space there, or choose a folder with --data.cache "
+            "(of eval, sample and export: --cache)"
         ) from error
 
 

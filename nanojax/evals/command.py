@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Annotated
 from nanojax.checks import check_types, require_positive
 from nanojax.cli import DATA_GLOB, DATA_PATH, POSITIONAL, RUN, parse
 from nanojax.config import Attention
+from nanojax.errors import NonFiniteError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,11 @@ def main(argv: Sequence[str]) -> None:
     model = source.load()
     with jax.set_mesh(model.program.mesh):
         result = validator(model.program, prepared)(model.weights)
+    if not math.isfinite(result.bpb) or not math.isfinite(result.loss):
+        raise NonFiniteError(
+            f"the loss of a model must be finite, and that of {command.run} at step {model.step} is {result.loss} nats a token, "
+            "its weights damaged or diverged; move that checkpoint away to take an older one, or train again"
+        )
     print(
         f"step {model.step}: {result.bpb:.6f} bits per byte, {result.loss:.6f} nats a token, "
         f"{result.targets:,} tokens, attention {model.program.attention}, precision {model.precision}"

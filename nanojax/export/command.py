@@ -33,6 +33,8 @@ class ExportCommand:
     """Of the matrices of the blocks; the rest is bf16. auto: what the run was trained in, whose very codes are written."""
     int4_group: Literal[64, 128, 256] | None = None
     """Weights that share a scale in int4. Derived: as in the run's own config."""
+    cache: str | None = None
+    """Folder for compiled programs. Derived: the run's own."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -104,12 +106,12 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.precision import Rounding
     from nanojax.program import keep_compiled_programs, make_program
 
-    keep_compiled_programs(config.data.cache)
+    keep_compiled_programs(command.cache or config.data.cache)
     checkpoints = Checkpoints(folder.checkpoints)
     step = checkpoints.latest or 0
     program = make_program(unplaced(config), jax.devices()[:1])
     target = choose(config, command, program.phase(step).precision)
-    params = checkpoints.restore_params(program.shapes.params, program.shardings.params)
+    params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
     checkpoints.close()
     rounding = None
     if target.format in FORMATS:

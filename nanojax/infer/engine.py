@@ -89,13 +89,8 @@ class Engine:
         stops: Collection[int] | None = None,
     ) -> list[Piece]:
         """What each prompt is continued with; arguments as of `steps`."""
-        tokens: list[list[int]] = [[] for _ in prompts]
-        finishes: list[str | None] = [None] * len(prompts)
-        for pieces in self.steps(prompts, params, stops):
-            for row, piece in enumerate(pieces):
-                tokens[row] += piece.tokens
-                finishes[row] = finishes[row] or piece.finish
-        return [Piece(*pair) for pair in zip(tokens, finishes, strict=True)]
+        rows = zip(*self.steps(prompts, params, stops), strict=True)
+        return [Piece([token for piece in row for token in piece.tokens], row[-1].finish) for row in rows]
 
     def steps(
         self,
@@ -108,11 +103,12 @@ class Engine:
         `params` are for all, or one for each; `stops` end a row, by default <|bos|>. A row that has ended gets empty pieces.
         Raises UserError, at once, on a prompt that is empty, longer than the context or of ids that are none, and on stops that are none.
         """
-        params = params or SamplingParams()
-        rows = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        stops = {self.tokenizer.bos} if stops is None else set(stops)
-        self._check(prompts, rows, stops)
-        return self._steps([list(prompt) for prompt in prompts], rows, stops)
+        read = [self._ids(prompt, f"prompt {i}") for i, prompt in enumerate(listed(prompts, "prompts"))]
+        params = SamplingParams() if params is None else params
+        rows = [params] * len(read) if isinstance(params, SamplingParams) else listed(params, "params")
+        ends = {self.tokenizer.bos} if stops is None else set(self._ids(stops, "stops"))
+        self._check(read, rows)
+        return self._steps(read, rows, ends)
 
     def stream(self, prompt: str, params: SamplingParams | None = None) -> Generator[str, None, str | None]:
         """Text that continues a text, or with an empty one starts a document, as it comes. Returns how it ended, as Piece.finish.
@@ -137,17 +133,23 @@ class Engine:
         """The ids of a text that starts a document."""
         return [self.tokenizer.bos, *self.tokenizer.encode(prompt)]
 
-    def _check(self, prompts: Sequence[Sequence[int]], rows: Sequence[SamplingParams], stops: Collection[int]) -> None:
+    def _ids(self, tokens: Any, what: str) -> list[int]:
+        """Token ids, numpy's too, as Python's. Raises UserError on anything else."""
+        ids, n_vocab = listed(tokens, what), self.tokenizer.n_vocab
+        if bad := [i for i in ids if isinstance(i, bool) or not isinstance(i, int | np.integer) or not 0 <= i < n_vocab]:
+            raise UserError(f"token ids lie in [0, {n_vocab}), given {bad[0]!r:.40} in {what}; encode text with the model's own tokenizer")
+        return list(map(int, ids))
+
+    def _check(self, prompts: list[list[int]], rows: list[SamplingParams]) -> None:
         if not prompts or len(rows) != len(prompts):
             raise UserError(f"generation needs prompts, and params for all or each, given {len(prompts)} and {len(rows)}; give one or more")
-        n_vocab = self.tokenizer.n_vocab
+        if strange := [row for row in rows if not isinstance(row, SamplingParams)]:
+            raise UserError(f"params are SamplingParams, given {strange[0]!r:.40}; try SamplingParams(temperature=0.8)")
         for i, prompt in enumerate(prompts):
             if not prompt:
                 raise UserError(f"a prompt needs a token, and prompt {i} has none; start a document with <|bos|>, {self.tokenizer.bos}")
             if self.context and len(prompt) > self.context:
                 raise UserError(f"a prompt must fit seq_len={self.context}, and prompt {i} has {len(prompt)} tokens; shorten it")
-        if bad := [token for ids in (*prompts, stops) for token in ids if not 0 <= token < n_vocab]:
-            raise UserError(f"token ids lie in [0, {n_vocab}), given {bad[0]}; encode text with the model's own tokenizer")
 
     def _steps(self, prompts: list[list[int]], rows: list[SamplingParams], stops: set[int]) -> Iterator[list[Piece]]:
         """`steps` of what is checked."""
@@ -261,6 +263,14 @@ def best_path(model: Model) -> Path:
         return plain_path(model.program.graph, model.weights, f"{model.precision}, by XLA's products: {reason}")
     with jax.set_mesh(model.program.mesh):
         return fused.path(model.weights, config, words=f"{model.precision}, by {fused.WORDS}")
+
+
+def listed(values: Any, what: str) -> list[Any]:
+    """Raises UserError on what cannot be listed."""
+    try:
+        return list(values)
+    except TypeError:
+        raise UserError(f"{what} must be a list, given {values!r:.40}; write [...]") from None
 
 
 def power_of_two(n: int) -> int:

@@ -33,7 +33,7 @@ class Source:
     def load(self, devices: list[jax.Device] | None = None, *, packed: bool = False) -> Model:
         """The model on all devices, or those given. `packed`, for the engine: matrices in 4 bits stay so, where its kernels read them.
 
-        Raises UserError on weights that are damaged or of another model.
+        Raises UserError on weights that are damaged or of another model, NonFiniteError on those of a run that are not finite.
         """
         import jax
         import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Source:
             checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
             step = checkpoints.latest or 0
             phase = program.phase(step)
-            weights = phase.prepare(checkpoints.restore_params(program.shapes.params, shardings))
+            weights = phase.prepare(checkpoints.finite_params(program.shapes.params, shardings))
             checkpoints.close()
             return Model(program, weights, step, phase.precision)
 

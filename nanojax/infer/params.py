@@ -35,7 +35,7 @@ class SamplingParams:
             raise UserError(f"min_p={self.min_p} must be at least 0, which is all tokens, and below 1; try 0.05")
         for name in ("tokens", "top_k", "seed"):
             if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 0")
+                raise UserError(f"{name}={getattr(self, name)} must be at least 0; try {getattr(type(self), name)}, the default")
 
     @property
     def filters(self) -> bool:

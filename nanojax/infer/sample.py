@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from nanojax.checks import check_types
+from nanojax.checks import LARGEST, check_types
 from nanojax.cli import POSITIONAL, RUN, parse
 from nanojax.errors import UserError
 from nanojax.infer.load import open_source
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nanojax.infer.engine import Engine
 
 SEPARATOR = "-" * 16
+ROWS = 64  # samples at once, at most: each has a cache of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +44,20 @@ class SampleCommand:
     seed: int = 0
     """Seed of the sampling; of several samples each has the next."""
     n: int = 1
-    """Samples of the prompt. One is printed as it is made, several when all are."""
+    """Samples of the prompt. One is printed as it is made, several in groups, each when all of it is."""
     cache: str | None = None
     """Folder for compiled programs. Derived: the run's own; of an export, the default one."""
 
     def __post_init__(self) -> None:
         check_types(self)
         if self.n < 1:
-            raise UserError(f"n={self.n} must be at least 1")
+            raise UserError(f"n={self.n} must be at least 1; try 1")
         self.params(0)
+        if self.seed + self.n > LARGEST:
+            raise UserError(
+                f"seeds must be below {LARGEST}, and with seed={self.seed} and n={self.n} the last is {self.seed + self.n - 1}; "
+                f"try --seed {max(0, LARGEST - self.n)}"
+            )
 
     def params(self, i: int) -> SamplingParams:
         """Of sample number i."""
@@ -73,15 +79,17 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from nanojax.infer.engine import Engine
+    from nanojax.program import out_of_memory_told
 
-    engine = Engine(source.load(jax.devices()[:1], packed=True), source.tokenizer)
-    if engine.program.platform == "gpu":
-        print(f"nanojax: {engine.path.words}", file=sys.stderr)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
-    for text in samples(engine, command):
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    with out_of_memory_told("try fewer samples with --n, a shorter --prompt, or an export in 4 bits"):
+        engine = Engine(source.load(jax.devices()[:1], packed=True), source.tokenizer)
+        if engine.program.platform == "gpu":
+            print(f"nanojax: {engine.path.words}", file=sys.stderr)
+        for text in samples(engine, command):
+            sys.stdout.write(text)
+            sys.stdout.flush()
 
 
 def samples(engine: Engine, command: SampleCommand) -> Iterator[str]:
@@ -92,9 +100,13 @@ def samples(engine: Engine, command: SampleCommand) -> Iterator[str]:
         yield prompt
         finishes = [(yield from stream)]
     else:
-        pieces = engine.generate([engine.encode(prompt)] * command.n, list(map(command.params, range(command.n))))
-        yield f"\n{SEPARATOR}\n".join(prompt + tokenizer.decode(piece.tokens) for piece in pieces)
-        finishes = [piece.finish for piece in pieces]
+        finishes = []
+        for first in range(0, command.n, ROWS):
+            rows = [command.params(i) for i in range(first, min(first + ROWS, command.n))]
+            pieces = engine.generate([engine.encode(prompt)] * len(rows), rows)
+            yield f"\n{SEPARATOR}\n" if first else ""
+            yield f"\n{SEPARATOR}\n".join(prompt + tokenizer.decode(piece.tokens) for piece in pieces)
+            finishes += [piece.finish for piece in pieces]
     yield "\n"
     if "context" in finishes:
         note = (

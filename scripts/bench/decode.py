@@ -7,15 +7,18 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config, ModelConfig
 from nanojax.errors import UserError, run_main
 
 if TYPE_CHECKING:
+    import jax
+
     from nanojax.infer.load import Model
 
+MOST = 4096  # rows, and rounds; more is a slip of the hand
 COPIED = {"cpu": 2**26, "gpu": 2**28}  # bytes; beyond any cache, and little beside a model, whose peak memory is looked at
 
 
@@ -23,8 +26,8 @@ COPIED = {"cpu": 2**26, "gpu": 2**28}  # bytes; beyond any cache, and little bes
 class Bench:
     """What to time."""
 
-    formats: tuple[str, ...] = ("bf16",)
-    """bf16, int4, nvfp4 or mxfp4: of the matrices of the blocks. The head is in bf16."""
+    formats: tuple[Literal["bf16", "int4", "nvfp4", "mxfp4"], ...] = ("bf16",)
+    """Of the matrices of the blocks. The head is in bf16."""
     batches: tuple[int, ...] = (1, 8, 64)
     """Rows at once."""
     prompt: int = 128
@@ -45,22 +48,60 @@ def main(argv: Sequence[str]) -> None:
     config, rest = split_preset(argv)
     config = replace(config, train=replace(config.train, compute_dtype="bf16", precision="bf16"))
     bench = parse(Bench, rest, prog="decode.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
-
-    if bench.tokens < 2 or bench.rounds < 1 or bench.prompt + bench.tokens > bench.config.model.seq_len:
-        raise UserError(
-            f"a bench takes 2 tokens or more, a round or more, and prompts with their tokens within seq_len={bench.config.model.seq_len}, "
-            f"given {bench.tokens}, {bench.rounds} and {bench.prompt} + {bench.tokens}; try --prompt 16 --tokens 64"
-        )
+    check(bench)
 
     import jax
 
+    from nanojax.program import out_of_memory_told
+
     device = jax.devices()[0]
+    require_served(bench, device)
     copied = bandwidth(COPIED[device.platform])
     print(f"{device.device_kind}; copies run at {copied / 1e9:.1f} GB/s; prompts of {bench.prompt} tokens, {bench.tokens} more")
     print("| weights | batch | first token, ms | tokens/s | a row's | ms a step | bound, tokens/s | share | peak memory, MB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    notes = [note for format in bench.formats for note in measure(bench, format, copied)]
+    with out_of_memory_told("try fewer rows in --batches, or a shorter --prompt"):
+        notes = [note for format in bench.formats for note in measure(bench, format, copied)]
     print("\n".join(notes))
+
+
+def check(bench: Bench) -> None:
+    """Raise UserError on what cannot be timed on any device."""
+    from nanojax.tokenizer import N_BYTES, SPECIAL_TOKENS
+
+    c, train, least = bench.config.model, bench.config.train, N_BYTES + len(SPECIAL_TOKENS)
+    if not bench.formats or not bench.batches or not all(1 <= n <= MOST for n in (*bench.batches, bench.rounds)):
+        raise UserError(
+            f"a bench takes a format, and batches and rounds from 1 to {MOST}, given {list(bench.formats)}, {list(bench.batches)!s:.40} "
+            f"and {bench.rounds}; leave them out for the defaults"
+        )
+    if bench.prompt < 1 or bench.tokens < 2 or bench.prompt + bench.tokens > c.seq_len:
+        raise UserError(
+            f"a bench takes prompts of 1 token or more and adds 2 or more, together within seq_len={c.seq_len}, "
+            f"given {bench.prompt} and {bench.tokens}; try --prompt {c.seq_len // 4} --tokens {c.seq_len // 2}"
+        )
+    if c.vocab_size < least:
+        raise UserError(f"vocab_size={c.vocab_size} must be at least {least}, bytes and special tokens; leave it out for the preset's")
+    if (train.compute_dtype, train.precision) != ("bf16", "bf16"):
+        raise UserError(
+            f"activations are bf16 here and matrices as --formats says, given compute_dtype={train.compute_dtype} and "
+            f"precision={train.precision}; drop --compute-dtype and --precision"
+        )
+
+
+def require_served(bench: Bench, device: jax.Device) -> None:
+    """Raise UserError on a config that does not fit the device, and on formats that it or the sizes of the model do not allow."""
+    from nanojax.infer.fused import refusal
+    from nanojax.program import choose_site
+    from nanojax.sizes import resolve
+
+    config = bench.config
+    request = choose_site(resolve(config, config.model.vocab_size), [device]).request
+    reason = "it was switched off" if bench.plain else refusal(request)
+    for format in bench.formats:
+        if format != "bf16" and reason:
+            raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16 alone")
+        replace(config, train=replace(config.train, precision=format))  # refuses blocks that do not divide
 
 
 def measure(bench: Bench, format: str, copied: float) -> list[str]:
@@ -68,7 +109,6 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     import jax
     import numpy as np
 
-    from nanojax.infer import fused
     from nanojax.infer.decode import plain_path
     from nanojax.infer.engine import Engine
     from nanojax.infer.params import SamplingParams
@@ -78,9 +118,6 @@ def measure(bench: Bench, format: str, copied: float) -> list[str]:
     first_special = c.vocab_size - len(SPECIAL_TOKENS)  # the whole vocabulary is in use
     specials = {name: first_special + i for i, name in enumerate(SPECIAL_TOKENS)}
     model = random_model(bench.config, format)
-    reason = "it was switched off" if bench.plain else fused.refusal(model.program.request)
-    if format != "bf16" and reason:
-        raise UserError(f"packed weights are for the kernels of infer/fused.py, and {reason}; choose --formats bf16 alone")
     sizes = {name: w.nbytes for name, w in model.weights.items()}
     path = plain_path(model.program.graph, model.weights, "XLA's products") if bench.plain else None
     engine = Engine(model, Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, specials), path=path)

@@ -36,7 +36,8 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.tokens < 2 or self.rounds < 1 or min(self.batches, default=0) < 1:
-            raise UserError(f"tokens={self.tokens}, rounds={self.rounds} and batches={self.batches} must be at least 2, 1 and 1")
+            given = f"tokens={self.tokens}, rounds={self.rounds} and batches={self.batches}"
+            raise UserError(f"{given} must be at least 2, 1 and 1; leave them out for the defaults")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -45,7 +45,10 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.rounds < 2 or self.steps_a_round < 1 or not self.precisions:
-            raise UserError(f"a bench takes 2 rounds or more, a step or more and a precision, given {self.rounds} and {self.steps_a_round}")
+            given = f"{self.rounds} and {self.steps_a_round}"
+            raise UserError(
+                f"a bench takes 2 rounds or more, a step or more and a precision, given {given}; leave them out for the defaults"
+            )
         if self.reference is not None and not Path(self.reference).is_file():
             raise UserError(f"--reference is the PyTorch program to compare with, and {self.reference!r} is no file; name one")
 

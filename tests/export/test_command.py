@@ -14,7 +14,7 @@ import pytest
 from exporting import STEP, runs  # noqa: F401  # fixture
 
 from nanojax.data.shards import prepare
-from nanojax.errors import UserError
+from nanojax.errors import StorageError, UserError
 from nanojax.evals.bpb import validator
 from nanojax.export.command import ExportCommand, ExportFormat, choose, main
 from nanojax.formats import FORMATS
@@ -25,6 +25,12 @@ from nanojax.infer.params import SamplingParams
 
 def test_every_4_bit_format_can_be_exported():
     assert set(get_args(ExportFormat)) == {"auto", "bf16", *FORMATS}
+
+
+def test_a_cache_of_ones_own_is_used(runs, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="file: Not a directory"):
+        main([str(runs.base.path), str(tmp_path / "out"), "--cache", str(tmp_path / "file")])
 
 
 def test_an_export_is_as_good_as_its_run_when_that_is_gone(runs, cache_dir, tmp_path):

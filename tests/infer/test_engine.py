@@ -248,13 +248,31 @@ def test_remat_of_training_and_padding_of_the_vocabulary_do_not_show():
         ([[1, 265]], None, None, "token ids lie in [0, 265), given 265"),
         ([[1]], None, [300], "token ids lie in [0, 265), given 300"),
         ([[1], [2]], [GREEDY], None, "generation needs prompts, and params for all or each, given 2 and 1"),
+        ([[1]], [], None, "generation needs prompts, and params for all or each, given 1 and 0"),
+        ([[1]], "x", None, "params are SamplingParams, given 'x'"),
+        ([[1]], 5, None, "params must be a list, given 5"),
+        ([[1, 1.5]], None, None, "token ids lie in [0, 265), given 1.5 in prompt 0"),
+        ([[1], [True]], None, None, "token ids lie in [0, 265), given True in prompt 1"),
+        (["ab"], None, None, "token ids lie in [0, 265), given 'a' in prompt 0"),
+        ([None], None, None, "prompt 0 must be a list, given None"),
+        (None, None, None, "prompts must be a list, given None"),
+        ([[1]], None, ["x"], "token ids lie in [0, 265), given 'x' in stops"),
+        ([[1]], None, 5, "stops must be a list, given 5"),
     ],
 )
 def test_wrong_prompts_are_refused_in_one_line_before_anything_runs(prompts, params, stops, words):
     with pytest.raises(UserError) as refused:
-        engine().steps(prompts, params, stops)
+        engine().generate(prompts, params, stops)
     assert str(refused.value).startswith(words)
     assert "\n" not in str(refused.value)
+
+
+def test_ids_may_be_numpys():
+    small, ids = engine(), prompt(7)
+    params = SamplingParams(temperature=0, tokens=5)
+    made = small.generate([ids], params, stops=[3])
+    assert small.generate([np.array(ids)], params, stops=np.array([3])) == made
+    assert small.generate(np.array([ids]), params, stops={np.int32(3)}) == made
 
 
 def test_a_long_text_is_refused_before_its_stream_begins():

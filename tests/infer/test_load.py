@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
+import shutil
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from exporting import STEP, runs  # noqa: F401  # fixture
 
+from nanojax.checkpoint import Checkpoints
 from nanojax.config import DataConfig
-from nanojax.errors import UserError
+from nanojax.errors import NonFiniteError, UserError
 from nanojax.evals.command import main as eval_main
 from nanojax.infer.load import open_source
 from nanojax.infer.sample import main as sample_main
+from nanojax.program import make_program
+from nanojax.runs import RunFolder
 
 
 def test_a_source_is_for_the_devices_that_there_are(runs):
@@ -53,6 +60,26 @@ def test_eval_and_sample_take_either(runs, cache_dir, capsys, what):
     assert 1 < float(found[1]) < 20
     sample_main([folder, "--prompt", "ba ko", "--tokens", "5", "--cache", str(cache_dir)])
     assert capsys.readouterr().out.startswith("ba ko")
+
+
+def test_a_model_that_says_nothing_is_not_reported(runs, tmp_path, capsys):
+    """NaN in the weights is found as they are read; what overflows as it is used, in the result."""
+    run = RunFolder(Path(shutil.copytree(runs.base.path, tmp_path / "run")))
+    program = make_program(run.read()[0], jax.devices()[:1])
+    checkpoints = Checkpoints(run.checkpoints, keep=3)
+    state, _ = checkpoints.restore(program.shapes, program.shardings)
+    for main, value, words in (
+        (eval_main, 3e38, f"that of {run.path} at step {STEP + 1} is (nan|inf) nats a token"),
+        (sample_main, jnp.nan, rf"head\.w in .*/{STEP + 2} has 1 values that are not"),
+    ):
+        head = state.params["head.w"].at[0, 0].set(value) if main is sample_main else jnp.full_like(state.params["head.w"], value)
+        state = dataclasses.replace(state, step=state.step + 1, params=state.params | {"head.w": head})
+        checkpoints.save(state, {})
+        checkpoints.wait()
+        with pytest.raises(NonFiniteError, match=words):
+            main([str(run.path)])
+    checkpoints.close()
+    assert "bits per byte" not in capsys.readouterr().out
 
 
 def test_a_folder_that_is_neither_is_refused(tmp_path):

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import numpy as np
 import pytest
+from generating import BYTES
 from training import config, presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax.checkpoint import Checkpoints
 from nanojax.errors import UserError
-from nanojax.infer.sample import SEPARATOR
+from nanojax.infer import sample as sample_module
+from nanojax.infer.engine import Engine, Piece
+from nanojax.infer.load import Source
+from nanojax.infer.params import SamplingParams
+from nanojax.infer.sample import SEPARATOR, SampleCommand
 from nanojax.infer.sample import main as sample_main
 from nanojax.model import merge
 from nanojax.program import make_program
@@ -52,6 +59,34 @@ def test_several_samples_are_those_of_consecutive_seeds(straight, capsys):
     assert sample(straight, capsys, "--seed", "3", "--n", "2") == one + SEPARATOR + "\n" + two
 
 
+def test_many_samples_are_made_in_groups(monkeypatch):
+    groups = []
+
+    class Stub:
+        tokenizer = BYTES
+
+        def encode(self, text: str) -> list[int]:
+            return list(text.encode())
+
+        def generate(self, prompts: list[list[int]], rows: list[SamplingParams]) -> list[Piece]:
+            groups.append([row.seed for row in rows])
+            return [Piece([ord("a") + row.seed], "tokens") for row, ids in zip(rows, prompts, strict=True) if ids == list(b"p")]
+
+    monkeypatch.setattr(sample_module, "ROWS", 2)
+    found = sample_module.samples(cast(Engine, Stub()), SampleCommand(run="run", prompt="p", n=5, seed=3))
+    assert "".join(found) == f"\n{SEPARATOR}\n".join(["pd", "pe", "pf", "pg", "ph"]) + "\n"
+    assert groups == [[3, 4], [5, 6], [7]]
+
+
+def test_samples_that_do_not_fit_into_memory_are_told_in_a_line(straight, monkeypatch):
+    def load(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(Source, "load", load)
+    with pytest.raises(UserError, match=r"the devices are out of memory .*; try fewer samples with --n"):
+        sample_main([str(straight.folder.path), "--n", "2"])
+
+
 def test_a_top_k_of_one_is_the_likeliest_token_too(straight, capsys):
     assert sample(straight, capsys, "--top-k", "1", "--seed", "5") == sample(straight, capsys, "--temperature", "0")
 
@@ -59,7 +94,8 @@ def test_a_top_k_of_one_is_the_likeliest_token_too(straight, capsys):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--n", "0"], "n=0 must be at least 1"),
+        (["--n", "0"], "n=0 must be at least 1; try 1"),
+        (["--seed", "2147483647", "--n", "2"], "seed=2147483647 and n=2 the last is 2147483648; try --seed 2147483646"),
         (["--top-p", "0"], "top_p=0.0 must be above 0"),
         (["--min-p", "1"], "min_p=1.0 must be at least 0"),
         (["--tokens", "-1"], "tokens=-1 must be at least 0"),
