@@ -18,7 +18,7 @@ from nanojax.config import ModelConfig
 from nanojax.mesh import place
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.dot import dot as plain_dot
-from nanojax.ops.elementwise import PLAIN, Elementwise
+from nanojax.ops.elementwise import PLAIN, Elementwise, project
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import rope_table, rotate
 
@@ -79,15 +79,12 @@ class Attention(nnx.Module):
         learnable = c.qk_norm and c.norm == "learnable"
         self.q_norm = RMSNorm(c.head_dim, learnable=learnable)
         self.k_norm = RMSNorm(c.head_dim, learnable=learnable)
-        self.turn = elementwise.norm_and_rotate if c.qk_norm else only_rotate
+        self.project = elementwise.project if c.qk_norm else functools.partial(project, turn=only_rotate)
         self.head_dim = c.head_dim
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        with jax.named_scope("qkv"):
-            q_BTNH, k_BTKH, v_BTKH = self.q(x_BTD).reshape(heads), self.k(x_BTD).reshape(heads), self.v(x_BTD).reshape(heads)
-        with jax.named_scope("rope"):
-            q_BTNH, k_BTKH = self.turn(q_BTNH, self.q_norm.weight, rope), self.turn(k_BTKH, self.k_norm.weight, rope)
+        products, gains = (self.q, self.k, self.v), (self.q_norm.weight, self.k_norm.weight)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, products, gains, rope, self.head_dim)
         with jax.named_scope("attend"):
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         with jax.named_scope("out"):

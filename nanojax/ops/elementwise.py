@@ -6,7 +6,7 @@ B batch, T tokens, D model, N heads, H head size, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from nanojax.ops.kernels import cross_entropy as loss_kernel
 from nanojax.ops.kernels.norm import Stream
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
+from nanojax.ops.kernels.qkv import How, Three, qkv
 from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import Rope, rotate
@@ -38,6 +39,17 @@ def norm_and_rotate(x_BTNH: Float[Array, "B T N H"], gain_H: Gain, rope: Rope) -
     return rotate(rms_norm(x_BTNH, gain_H), rope)
 
 
+def project(
+    x_BTD: Stream, products: Sequence[Callable], gains: tuple[Gain, Gain], rope: Rope, head_dim: int, turn: Callable = norm_and_rotate
+) -> Three:
+    """(queries, keys, values) of x by three products, their heads apart; queries and keys through `turn`."""
+    heads = (*x_BTD.shape[:2], -1, head_dim)
+    with jax.named_scope("qkv"):
+        q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in products)
+    with jax.named_scope("rope"):
+        return turn(q_BTNH, gains[0], rope), turn(k_BTKH, gains[1], rope), v_BTKH
+
+
 def gated(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable) -> Float[Array, "B T F"]:
     """silu(gate(x)) * up(x), of two products. Shazeer 2020, arXiv:2002.05202, equation 6."""
     return jax.nn.silu(gate(x_BTD)) * up(x_BTD)
@@ -48,8 +60,8 @@ class Elementwise:
     """One way to compute each. All ways agree up to rounding, gradients too."""
 
     add_and_norm: Callable = add_and_norm
+    project: Callable = project
     gated: Callable = gated
-    norm_and_rotate: Callable = norm_and_rotate
     nats_and_gradient: Callable = nats_and_gradient
 
 
@@ -85,6 +97,13 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
             return norm_and_rotate(x_BTNH, gain_H, rope)
         return spread(lambda x, gain, rope: norm_rope(x, gain, rope, interpret), 1)(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
 
+    def project_joined(x_BTD, products, gains, rope, head_dim):
+        if not joined or rope[0].ndim == 3:
+            return project(x_BTD, products, gains, rope, head_dim, turn)
+        ws = tuple(product.w.get_value().astype(x_BTD.dtype) for product in products)
+        with jax.named_scope("qkv"):
+            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, How(head_dim, spread, interpret))
+
     def nats(logits_BTV, targets_BT, softcap):
         def local(logits_BTV, targets_BT):
             flat = loss_kernel.cross_entropy(
@@ -98,4 +117,4 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
         both_BTF = jnp.dot(x_BTD, jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1))
         return spread(lambda both: swiglu(both, interpret), 1)(both_BTF)
 
-    return Elementwise(norm, gate_and_up if joined else gated, turn, nats)
+    return Elementwise(norm, project_joined, gate_and_up if joined else gated, nats)

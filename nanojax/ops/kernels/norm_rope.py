@@ -6,7 +6,7 @@ B batch, T tokens, N heads, H head size. An instance of the kernel takes a few t
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,25 @@ def _norm_rope_backward(interpret: bool, kept: tuple[Array, Array, Rope], dy_BTN
 norm_rope.defvjp(_norm_rope_forward, _norm_rope_backward)
 
 
-def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], interpret: bool) -> list[Array]:
+class Place(NamedTuple):
+    """Where results go: among the heads of a larger array."""
+
+    first: int
+    heads: int
+    """Of that array, in all."""
+    into: Float[Array, "n Y"] | None
+    """The array, which is written over; None where it is still to be made, and its other heads are left as memory has them."""
+
+
+def backward_into(x_BTNH: Array, gain_H: Array, rope: Rope, dy_BTNH: Array, place: Place, interpret: bool) -> tuple[Array, Array]:
+    """The backward pass alone: (gradient of x in its place [tokens, heads * H], parts [P, H] of the gradient of the gain)."""
+    made = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), interpret, place)
+    return made[0], made[1]
+
+
+def _call(
+    kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], interpret: bool, place: Place | None = None
+) -> list[Array]:
     """Run a kernel over blocks of tokens and heads. It makes an array like x, and the backward one also a part of the gain's gradient."""
     b, t, n, h = x_BTNH.shape
     tokens = min(TOKENS, t & -t)  # blocks are powers of two, and none reaches into the next row
@@ -56,20 +74,24 @@ def _call(kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Arr
     flat = [x.reshape(b * t, n * h) for x in (x_BTNH, *more)]
     own = pl.BlockSpec((tokens, h), lambda i, head: (i, head))
     table = pl.BlockSpec((tokens, h), lambda i, head: (i % (t // tokens), 0))
-    results = [(jax.ShapeDtypeStruct(flat[0].shape, x_BTNH.dtype), own)]
+    first, heads, into = place or Place(0, n, None)
+    written = pl.BlockSpec((tokens, h), lambda i, head: (i, first + head))
+    inputs = [flat[0], gain_H.astype(jnp.float32), *rope, *flat[1:]] + ([] if into is None else [into])
+    results = [(jax.ShapeDtypeStruct((b * t, heads * h), x_BTNH.dtype), written)]
     if more:
         results.append((jax.ShapeDtypeStruct((blocks, n, h), jnp.float32), pl.BlockSpec((None, None, h), lambda i, head: (i, head, 0))))
     made = pl.pallas_call(
         functools.partial(kernel, h // 2),
         out_shape=[shape for shape, _ in results],
         grid=(blocks, n),
-        in_specs=[own, pl.BlockSpec((h,), lambda i, head: (0,)), table, table, *([own] * len(more))],
+        in_specs=[own, pl.BlockSpec((h,), lambda i, head: (0,)), table, table, *([own] * len(more))] + ([] if into is None else [written]),
+        input_output_aliases={} if into is None else {len(inputs) - 1: 0},
         out_specs=[spec for _, spec in results],
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
         name=f"norm_rope{kernel.__name__}",
         interpret=interpret,
-    )(flat[0], gain_H.astype(jnp.float32), *rope, *flat[1:])
-    return [made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
+    )(*inputs)
+    return [made[0] if place else made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
 
 
 def _halves(ref, half: int) -> list[Array]:
@@ -88,7 +110,8 @@ def _forward(half: int, x_ref, *refs):
 
 def _backward(half: int, x_ref, *refs):
     *inputs, dx_ref, dgain_ref = refs
-    (x1, x2), (g1, g2), (cos, _), (minus_sin, _), (d1, d2) = (_halves(ref, half) for ref in (x_ref, *inputs))
+    # The array that is written over comes last, and is not read.
+    (x1, x2), (g1, g2), (cos, _), (minus_sin, _), (d1, d2) = (_halves(ref, half) for ref in (x_ref, *inputs[:4]))
     over = jax.lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, axis=1, keepdims=True) / (2 * half) + EPS)
     n1, n2 = x1 * over, x2 * over
     # Back through the rotation, which is by the opposite angle, and rounded as the gradient of `rotate` is.

@@ -1,0 +1,62 @@
+"""Queries, keys and values, whose gradients come back through one product instead of three that are added up.
+
+B batch, T tokens, D model, N query heads, K key and value heads, H head size, Y all of these heads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nanojax.ops.kernels.norm_rope import Place, backward_into, norm_rope
+from nanojax.ops.rope import Rope
+
+Three = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
+
+
+class How(NamedTuple):
+    """What does not change with the data."""
+
+    head_dim: int
+    spread: Callable[[Callable, int], Callable]
+    """As of ops/elementwise.py."""
+    interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def qkv(x_BTD: Float[Array, "B T D"], ws: tuple[Array, ...], gains: tuple[Array, Array], rope: Rope, how: How) -> Three:
+    """(norm_rope(x wq, gain), norm_rope(x wk, gain), x wv) for the three matrices [D, heads * H]."""
+    return _qkv_forward(x_BTD, ws, gains, rope, how)[0]
+
+
+def _qkv_forward(x_BTD: Array, ws: tuple[Array, ...], gains: tuple[Array, Array], rope: Rope, how: How):
+    q, k, v = ((x_BTD @ w).reshape(*x_BTD.shape[:2], -1, how.head_dim) for w in ws)
+    turn = how.spread(lambda x, gain, rope: norm_rope(x, gain, rope, how.interpret), 1)
+    return (turn(q, gains[0], rope), turn(k, gains[1], rope), v), (x_BTD, ws, gains, rope, q, k)
+
+
+def _qkv_backward(how: How, kept: Any, cotangents: Three):
+    x_BTD, ws, gains, rope, q, k = kept
+
+    def side_by_side(raw, cotangents, gains, rope):
+        (q, k), (dq, dk, dv) = raw, cotangents
+        n, kv = q.shape[2], k.shape[2]
+        dy, parts_q = backward_into(q, gains[0], rope, dq, Place(0, n + 2 * kv, None), how.interpret)
+        dy, parts_k = backward_into(k, gains[1], rope, dk, Place(n, n + 2 * kv, dy), how.interpret)
+        dy = dy.at[:, (n + kv) * how.head_dim :].set(dv.reshape(len(dy), -1))
+        return dy.reshape(*q.shape[:2], -1), parts_q, parts_k
+
+    dy_BTY, *parts = how.spread(side_by_side, 2)((q, k), cotangents, gains, rope)
+    dx_BTD = dy_BTY @ jnp.concatenate(ws, axis=1).T
+    dw_DY = jnp.einsum("BTD,BTY->DY", x_BTD, dy_BTY)
+    ends = [ws[0].shape[1], ws[0].shape[1] + ws[1].shape[1]]
+    dgains = tuple(jnp.sum(part, axis=0).astype(gain.dtype) for part, gain in zip(parts, gains, strict=True))
+    return dx_BTD, tuple(jnp.split(dw_DY, ends, axis=1)), dgains, jax.tree.map(jnp.zeros_like, rope)
+
+
+qkv.defvjp(_qkv_forward, _qkv_backward)
