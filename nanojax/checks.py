@@ -41,7 +41,8 @@ def check_types(config: Any) -> None:
             wanted = ", ".join(map(str, get_args(hint))) if get_origin(hint) is Literal else str(getattr(hint, "__name__", hint))
             raise UserError(f"{name}={value!r:.60} must be one of these: {wanted.replace('NoneType', 'None')}; write one of them")
         if isinstance(value, int) and abs(value) >= LARGEST:
-            raise UserError(f"{name}={value} must be below {LARGEST}; write a smaller number")
+            given = value if abs(value) < 2**64 else f"a number of {value.bit_length()} bits"
+            raise UserError(f"{name}={given} must be below {LARGEST}; write a smaller number")
         if value == "" and name not in ("mesh", "prompt"):
             raise UserError(f"{name} must not be empty; {'leave it out to have it derived' if fits(None, hint) else 'give one'}")
 

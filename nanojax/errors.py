@@ -56,7 +56,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        if debug:
+        if debug or error.errno is None:  # a library that cannot be loaded, for one, is no matter of storage
             raise
         print(f"nanojax: error: {error.strerror or error}: {culprit(error)}", file=sys.stderr)
         code = UserError.exit_code if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR) else StorageError.exit_code

@@ -104,6 +104,11 @@ def test_a_full_standard_output_is_named(writes):
     assert run.returncode == 4
 
 
+def test_a_library_that_does_not_load_is_not_taken_for_a_full_disk():
+    with pytest.raises(OSError, match="undefined symbol"):
+        outcome(raising(OSError("libcudnn.so: undefined symbol")))
+
+
 def test_a_disk_that_is_full_is_not_taken_for_standard_output(capsys):
     assert outcome(raising(OSError(28, "No space left on device"))) == 4
     assert capsys.readouterr().err == "nanojax: error: No space left on device: a file that was open; free space there\n"

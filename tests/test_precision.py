@@ -21,11 +21,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from nanojax.config import Config, ModelConfig, Precision, TrainConfig
 from nanojax.formats import FORMATS
 from nanojax.ops.fp4 import dequantize
+from nanojax.ops.xent import total_nats
 from nanojax.optim import label
 from nanojax.precision import Rounding, prepare_weights, quantize_weights
 from nanojax.program import COMPILER_OPTIONS
 from nanojax.step import TrainState, microbatch_nats, train_step
 
+TOTAL = functools.partial(total_nats, blocks=2)
 SIZES = dict(depth=3, d_model=64, n_kv_head=2, head_dim=16, d_ffn=128, seq_len=16, vocab_size=128)
 ROUNDINGS = {
     "int4": Rounding("int4", 64),
@@ -117,14 +119,14 @@ def test_a_weight_that_is_not_finite_makes_the_loss_nan_and_the_step_is_skipped(
     ready = jax.jit(functools.partial(prepare_weights, rounding=ROUNDINGS["nvfp4"], dtype=jnp.float32))(bad)
     assert not jnp.isfinite(ready["blocks.2.ffn.down.w"][3, 5])
     micro = Batch(*(x[0] for x in batch()))
-    assert jnp.isnan(microbatch_nats(graph, ready, micro, jax.random.key(0), blocks=2, packed=False))
+    assert jnp.isnan(microbatch_nats(graph, ready, micro, jax.random.key(0), total=TOTAL, packed=False))
 
 
 def test_the_gradient_of_a_step_is_that_of_fake_quant(model):
     """The step rounds outside of its gradient and applies it to the master weights: the straight-through rule, once a step."""
     graph, params = model
     rounding = Rounding("nvfp4_2d")
-    loss = functools.partial(microbatch_nats, graph, blocks=2, packed=False)
+    loss = functools.partial(microbatch_nats, graph, total=TOTAL, packed=False)
     micro, key = Batch(*(x[0] for x in batch())), jax.random.key(0)
     prepare = functools.partial(prepare_weights, rounding=rounding, dtype=jnp.float32)
 
@@ -163,7 +165,7 @@ def read_weights(graph, params, prepare) -> dict[str, np.ndarray]:
     square of that product, whose gradient is w as it was read.
     """
     names = [name for name, group in label(params).items() if group == "matrix"]
-    plain = functools.partial(microbatch_nats, graph, blocks=2, packed=False)
+    plain = functools.partial(microbatch_nats, graph, total=TOTAL, packed=False)
 
     def loss(weights, micro, key):
         real = plain(jax.lax.stop_gradient(weights), micro, key)

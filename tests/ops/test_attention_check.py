@@ -25,7 +25,7 @@ HEADS = {"MHA": (4, 4), "GQA": (8, 2), "MQA": (4, 1)}  # query heads, key heads
 def test_xla_is_within_the_tolerance_and_the_reference_at_no_distance_from_itself(documents):
     request = dataclasses.replace(REQUEST, windows=(None, 5), documents=documents)
     assert share(prepared("reference", request)()) == 0
-    assert 0 < share(prepared("xla", request)()) < 1
+    assert share(prepared("xla", request)()) < 1
 
 
 def without_the_window(*qkv, window=None, segments_BT=None):
