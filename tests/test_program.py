@@ -153,6 +153,7 @@ def test_the_full_recipe_learns_leaves_its_last_blocks_and_repeats_by_seed(full)
     assert plain[-1] == pytest.approx(losses[-1], rel=0.3)  # 4-bit activations and gradients: near, and not the same
 
 
+@pytest.mark.slow
 def test_the_full_recipe_draws_the_same_under_rematerialisation(full):
     again = program_of(fp4_recipe="full", steps=12, remat=True)
     batches = [batch(), batch(1), batch(2)]

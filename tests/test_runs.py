@@ -14,6 +14,8 @@ from nanojax.errors import Interrupted, UserError
 from nanojax.evals.command import main as eval_main
 from nanojax.program import make_program
 from nanojax.runs import RunFolder
+from nanojax.sizes import resolve
+from nanojax.train import read_command
 
 FOUR_BIT = ("--precision", "nvfp4")
 
@@ -73,12 +75,12 @@ def test_a_config_is_rewritten_when_a_checkpoint_bears_it_out(presets, start, tm
     start(presets["modern"], *flags, "--stop-after", "6", out=out, expect=Interrupted)
     assert RunFolder(out).read()[0].train.precision == "mxfp4"
     # Without a preset, flags are read beside the run's own fields.
-    full = ("--fp4-recipe", "full", "--precision", "auto")
-    start(None, "--resume", *full, "--allow", "precision", "--stop-after", "8", out=out, expect=Interrupted)
-    assert RunFolder(out).read()[0].train.fp4_skip_last == 1, "the recipe leaves out what it leaves out in a new run"
+    command, _ = read_command(["--out", str(out), "--resume", "--fp4-recipe", "full", "--precision", "auto", "--allow", "precision"])
+    full = resolve(command.config, RunFolder(out).read()[0].model.vocab_size).train
+    assert (full.steps, full.fp4_skip_last) == (12, 1), "the recipe leaves out what it leaves out in a new run"
     start(None, "--resume", out=out)
     with pytest.raises(UserError, match=r"is complete, and has no step left to train otherwise; start anew with --init-from"):
-        start(None, "--resume", "--precision", "nvfp4", "--fp4-recipe", "weights", "--allow", "precision", out=out)
+        start(None, "--resume", "--precision", "nvfp4", "--allow", "precision", out=out)
 
 
 def fail():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import weakref
 
 import jax
@@ -28,33 +29,35 @@ MODELS = {
 }
 
 
-def weights_of(model, format: str, without: str = "none") -> dict:
-    """The model's, those of the blocks packed if in 4 bits, all but those whose names begin with `without`."""
+@functools.cache
+def model_in(name: str, format: str, without: str = "none"):
+    """(a model, its weights: those of the blocks packed if in 4 bits, all but those whose names begin with `without`)."""
+    model = make_model(**MODELS[name])
     rounding = Rounding(format, 32 if format == "int4" else None)
     coded = {} if format == "fp32" else quantize_weights(model.weights, rounding)
-    return model.weights | {name: packed(q) for name, q in coded.items() if not name.startswith(without)}
+    return model, model.weights | {name: packed(q) for name, q in coded.items() if not name.startswith(without)}
 
 
 @pytest.mark.parametrize(
     ("name", "format", "rows"),
     [
         ("gqa, windows", "nvfp4", 1),
-        ("nanochat", "int4", 1),
+        pytest.param("nanochat", "int4", 1, marks=pytest.mark.slow),
         ("no norms on queries and keys", "fp32", 2),
         ("gqa, windows", "nvfp4", 3),
-        ("gqa, windows", "nvfp4", 9),
+        pytest.param("gqa, windows", "nvfp4", 9, marks=pytest.mark.slow),
     ],
 )
 def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format, rows):
     """One and two rows by the kernels, nine by XLA's products; three by those in the first block, which is not packed there."""
-    model, rng = make_model(**MODELS[name]), np.random.default_rng(0)
-    c, weights = model.program.config.model, weights_of(model, format, "blocks.0." if rows == 3 else "none")
+    model, weights = model_in(name, format, "blocks.0." if rows == 3 else "none")
+    c, rng = model.program.config.model, np.random.default_rng(0)
     token_B, position_B = jnp.asarray(rng.integers(0, 256, rows)), jnp.asarray(rng.integers(0, 60, rows), jnp.int32)
     shapes = [(rows, c.kv_heads, window or 64, c.head_dim) for window in c.windows]
     caches = tuple(Cache(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))) for shape in shapes)
     valid_B = jnp.ones(rows, bool)
     with jax.set_mesh(model.program.mesh):
-        laid_out = fused.fuse(weights, c, jnp.float32)
+        laid_out = fused.fuse(dict(weights), c, jnp.float32)
         token = jax.jit(lambda laid_out, *rest: fused.one_token(laid_out, c, *rest, interpret=True))
         got, written = token(laid_out, token_B, position_B, valid_B, caches)
         gpt = model_of(model.program.graph, fused.plain(laid_out, c))
@@ -69,8 +72,7 @@ def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format,
 
 @pytest.mark.parametrize(("name", "format"), [("gqa, windows", "nvfp4"), ("nanochat", "mxfp4"), ("no norms on queries and keys", "fp32")])
 def test_what_was_laid_out_gives_the_weights_back(name, format):
-    model = make_model(**MODELS[name])
-    weights = weights_of(model, format)
+    model, weights = model_in(name, format)
     back = fused.plain(fused.fuse(dict(weights), model.program.config.model, jnp.float32), model.program.config.model)
     assert set(back) == set(weights)
     for key, w in weights.items():
@@ -89,17 +91,15 @@ def test_laying_out_takes_the_weights_over_and_frees_them():
 
 
 def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
-    kind = dict(window=8, window_pattern="SL", n_kv_head=2, **SIZES)
-    model = make_model(**kind)
-    config, weights = model.program.config.model, weights_of(model, "nvfp4")
+    model, weights = model_in("gqa, windows", "nvfp4")
+    config = model.program.config.model
     path = fused.path(dict(weights), config, words="interpreted", dtype=jnp.float32, interpret=True)
     engine = Engine(model, BYTES, piece=16, stride=1, slots=64, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
-    for name, w in weights.items():
-        model.weights[name] = unpacked(w, jnp.float32) if isinstance(w, PackedMatrix) else w
+    plain = {name: unpacked(w, jnp.float32) if isinstance(w, PackedMatrix) else w for name, w in weights.items()}
     rows = [row + piece.tokens for row, piece in zip(ids, made, strict=True)]
-    for row, piece, logits in zip(ids, made, full_logits(model, rows), strict=True):
+    for row, piece, logits in zip(ids, made, full_logits(dataclasses.replace(model, weights=plain), rows), strict=True):
         assert piece.tokens == logits[len(row) - 1 : -1].argmax(-1).tolist()
 
 

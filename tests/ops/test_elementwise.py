@@ -35,8 +35,16 @@ def alone(f, rows):
     return f
 
 
-@pytest.mark.parametrize("changes", [{}, dict(qk_norm=False), dict(norm="fixed", softcap=15.0, ffn="relu2")], ids=str)
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "remat"),
+    [
+        ({}, True),
+        (dict(norm="fixed", softcap=15.0, ffn="relu2"), False),
+        pytest.param({}, False, marks=pytest.mark.slow),
+        pytest.param(dict(qk_norm=False), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_model_loses_and_learns_the_same_with_kernels(tiny_model, changes, remat):
     rng = np.random.default_rng(0)
     tokens, targets = (jnp.asarray(rng.integers(0, 64, (2, 12)), jnp.int32) for _ in range(2))

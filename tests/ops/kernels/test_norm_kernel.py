@@ -20,7 +20,7 @@ def results(f, shape, dtype, alone=False):
     return total, h, dx, *(() if alone else (dy,)), dgain
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 48), (1, 7, 32), (3, 64, 8), (2, 128, 28)])
+@pytest.mark.parametrize("shape", [(1, 7, 32), (2, 64, 28)])
 @pytest.mark.parametrize("alone", [False, True])
 def test_it_is_the_norm_of_a_sum_beside_it_forward_and_backward(shape, alone):
     """Columns of one and of several powers of two; tokens for many turns, and of an odd number; something to add, and nothing."""

@@ -30,7 +30,7 @@ def results(f, heads, kv, dtype, how, tokens=24):
     return jax.tree.leaves((y, vjp(tuple(jnp.asarray(rng.standard_normal(part.shape), dtype) for part in y))))
 
 
-@pytest.mark.parametrize(("heads", "kv"), [(3, 3), (4, 1)])
+@pytest.mark.parametrize(("heads", "kv"), [pytest.param(3, 3, marks=pytest.mark.slow), (4, 1)])
 def test_they_and_their_gradients_are_those_of_three_products(heads, kv):
     for a, b in zip(*(results(f, heads, kv, jnp.float32, HOW) for f in (qkv, reference)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))  # sums of float32 in another order
