@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from nanojax import manifest
+from nanojax.digests import digests_of, in_words
 from nanojax.errors import NonFiniteError, StorageError, UserError
+from nanojax.manifest import Manifest, complete_steps
 from nanojax.step import TrainState
 
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
@@ -29,62 +35,80 @@ warnings.filterwarnings("ignore", message="coroutine .* was never awaited", cate
 
 
 class Checkpoints:
-    """The checkpoints of one run, numbered by step. The run itself says how many newest to `keep`, and clears what an
-    interrupted save left; without it, this only reads, and leaves a save that may be under way alone.
+    """The checkpoints of one run, a folder for each step. The run itself says how many newest to `keep`, clears what an interrupted save
+    left, and puts aside what is damaged; without it, this only reads, and leaves a save that may be under way alone.
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
         self.folder, self._keep = folder, keep
-        with storage(folder):
-            self._orbax = ocp.training.Checkpointer(
-                str(folder.absolute()),
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep or 0),  # pyright: ignore[reportArgumentType]  # orbax's own two protocols disagree
-                cleanup_tmp_directories=keep is not None,
-            )
-        self._pending: Any = None
+        self._bad: set[int] = set()
+        self._pending: Future[None] | None = None
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        if keep is not None and jax.process_index() == 0:
+            with storage(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._clear()
 
     @property
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, None when there is none."""
-        return None if self._orbax.latest is None else self._orbax.latest.step
+        """Step of the newest checkpoint that is not known to be damaged, None when there is none."""
+        return max((step for step in complete_steps(self.folder) if step not in self._bad), default=None)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs.
 
         Raises StorageError, also for the failure of an earlier save.
         """
+        assert self._keep is not None, "opened for reading"
         step = int(state.step)
         self.wait()
         if step == self.latest:
             return
-        rest = {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments}
-        assert self._keep is not None, "opened for reading"
+        parts = parts_of(state)
+        digests = digests_of(named(parts))  # before the next step is given these buffers
         with storage(self.folder):
-            self._pending = self._orbax.save_checkpointables_async(
-                step, {"params": state.params, "rest": rest, "meta": {"json": json.dumps(meta)}}, force=True
-            )
+            saving = ocp.save_checkpointables_async(str(self.folder.absolute() / str(step)), parts)
+        self._pending = self._background.submit(self._commit, saving, step, meta, digests)
+
+    def _commit(self, saving: Any, step: int, meta: dict[str, Any], digests: dict[str, jax.Array]) -> None:
+        """In the background: the rest of a save, its manifest, and then the end of those that are too many."""
+        with storage(self.folder):
+            saving.result()
+            words = in_words(digests)
+            if jax.process_index() == 0:
+                try:
+                    manifest.write(self.folder / str(step), step, meta, words)
+                except manifest.Damaged as error:
+                    raise StorageError(
+                        f"what was just saved in {self.folder / str(step)} is not all there: {error}; look at the disk"
+                    ) from error
+                for old in [n for n in complete_steps(self.folder) if n < step][: -(self._keep or 1) + 1 or None]:
+                    remove(self.folder / str(old))
+
+    def check(self) -> None:
+        """Raise StorageError where the save in the background has failed; does not wait."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
-        """Until the save that runs is on disk. Raises StorageError when it failed."""
+        """Until the save that runs is a checkpoint. Raises StorageError when it failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
-            with storage(self.folder):
-                pending.result()
+            pending.result()
 
     def restore(self, shapes: TrainState, shardings: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """(newest state, its meta), laid out by `shardings`, whatever mesh it was saved from."""
+        """(newest state that is not damaged, its meta), laid out by `shardings`, whatever mesh it was saved from."""
         target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-        rest = {"step": target.step, "skipped": target.skipped, "key": target.key, "moments": target.moments}
-        loaded = self._load({"params": target.params, "rest": rest, "meta": None})
-        return TrainState(params=loaded["params"], **loaded["rest"]), json.loads(loaded["meta"]["json"])
+        loaded, found = self._load(parts_of(target))
+        return TrainState(params=loaded["params"], **loaded["rest"]), found.meta
 
     def restore_params(self, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
         """Parameters alone, without the moments."""
         target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[name]) for name, x in shapes.items()}
-        return self._load({"params": target})["params"]
+        return self._load({"params": target})[0]["params"]
 
     def finite_params(self, shapes: dict[str, Any], shardings: dict[str, Any]) -> dict[str, jax.Array]:
-        """`restore_params` for a model that is used. Raises NonFiniteError where values are not finite: no run saves such, a disk may."""
+        """`restore_params` for a model that is used. Raises NonFiniteError where values are not finite: no run saves such."""
         params = self.restore_params(shapes, shardings)
         counts = jax.device_get({name: not_finite(w) for name, w in params.items()})
         if bad := [name for name, count in counts.items() if count]:
@@ -96,31 +120,86 @@ class Checkpoints:
 
     def meta(self) -> dict[str, Any]:
         """Meta of the newest checkpoint."""
-        return json.loads(self._load({"meta": None})["meta"]["json"])
+        return self._load({})[1].meta
 
-    def _load(self, target: dict[str, Any]) -> dict[str, Any]:
-        step = self.latest
-        if step is None:
-            raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+    def _load(self, target: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
+        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
+        damage = ""
+        while (step := self.latest) is not None:
+            place = self.folder / str(step)
+            try:
+                with storage(self.folder):
+                    found = manifest.read(place)
+                    found.check_files(place, below="" if len(target) > 1 else "params/")
+                loaded = self._from_orbax(place, target)
+                found.check_arrays(in_words(digests_of(named(loaded))))
+                return loaded, found
+            except manifest.Damaged as error:
+                damage = f"checkpoint {place} is damaged: {error}"
+                self._put_aside(step, damage)
+        if damage:
+            raise UserError(f"{damage}, and there is no older one; bring back a copy, or start anew with another --out")
+        raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+
+    def _from_orbax(self, place: Path, target: dict[str, Any]) -> dict[str, Any]:
+        if not target:
+            return {}
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what orbax's abandoned threads say of a failed load
         with storage(self.folder):
             try:
-                loaded = self._orbax.load_checkpointables(step, target)
+                loaded = ocp.load_checkpointables(str(place.absolute()), target)
                 sys.unraisablehook = hook  # after a failure they go on talking until the process ends
                 return loaded
             except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
-                raise UserError(
-                    f"checkpoint {self.folder / str(step)} is damaged or of another model ({cause(error)}); "
-                    f"move that folder away to go on from an older one"
-                ) from error
+                raise UserError(f"checkpoint {place} is of another model ({cause(error)}); give this model's --out") from error
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        """Never offer a checkpoint again. The run that writes here renames it, so that nobody else takes it for one."""
+        self._bad.add(step)
+        older, moved = self.latest, ""
+        if self._keep is not None and jax.process_index() == 0:
+            place = self.folder / f"{step}.corrupt"
+            while place.exists():
+                place = place.with_name(place.name + "_")
+            with storage(self.folder):
+                (self.folder / str(step)).rename(place)
+            self._bad.discard(step)
+            moved = f"; moved to {place.name}"
+        if older is not None:
+            print(f"nanojax: {damage}{moved}; step {older} is read instead", file=sys.stderr)
+
+    def _clear(self) -> None:
+        """Remove what saves left that were interrupted: folders of orbax's, and steps that never got their manifest."""
+        complete = {str(step) for step in complete_steps(self.folder)}
+        for child in self.folder.iterdir():
+            if child.name not in complete and re.fullmatch(r"[0-9]{1,10}(\.orbax-checkpoint-tmp.*)?", child.name):
+                remove(child)
 
     def close(self) -> None:
-        """Wait for the save that runs and let orbax go."""
+        """Wait for the save that runs."""
         try:
             self.wait()
         finally:
-            with storage(self.folder):
-                self._orbax.close()  # raises the failure of a background save once more
+            self._background.shutdown()
+
+
+def parts_of(state: TrainState) -> dict[str, Any]:
+    """A state as it lies on disk: parameters can be read alone."""
+    return {
+        "params": state.params,
+        "rest": {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments},
+    }
+
+
+def named(tree: Any) -> dict[str, Any]:
+    """Path -> array."""
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def remove(step: Path) -> None:
+    """Remove a checkpoint. Its manifest goes first: what is left is none."""
+    (step / manifest.NAME).unlink(missing_ok=True)
+    shutil.rmtree(step, ignore_errors=True)
 
 
 @contextmanager

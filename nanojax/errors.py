@@ -34,9 +34,16 @@ class StorageError(NanoJaxError, OSError):
 
 
 class Interrupted(NanoJaxError):
-    """The run stopped early on request, its state saved; start it again with `--resume`."""
+    """The run stopped early on request, its state saved if there was any; start it again.
+
+    `abrupt`: a thread is still at work that cannot be ended, and the process has to end with it.
+    """
 
     exit_code = 75
+
+    def __init__(self, words: str, *, abrupt: bool = False):
+        super().__init__(words)
+        self.abrupt = abrupt
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -51,8 +58,10 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         if debug:
             raise
         label = "interrupted" if isinstance(error, Interrupted) else "error"
-        print(f"nanojax: {label}: {error}", file=sys.stderr)
+        print(f"nanojax: {label}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+        if isinstance(error, Interrupted) and error.abrupt:
+            os._exit(code)
     except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
@@ -18,6 +16,7 @@ from nanojax.checkpoint import Checkpoints, state_sha256
 from nanojax.data.loader import Loader
 from nanojax.errors import Interrupted, NonFiniteError, StorageError
 from nanojax.evals.bpb import Validation
+from nanojax.interrupts import Interrupts, Stop
 from nanojax.program import Program
 from nanojax.runs import RunFolder
 from nanojax.sizes import flops_per_token
@@ -26,27 +25,6 @@ from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, Sink, Tens
 
 WARMUP_STEPS = 3  # left out of tokens/s: compilation, autotuning and first touches of memory
 MAX_SKIPPED_IN_A_ROW = 20
-
-
-class Interrupts:
-    """Ctrl-C and SIGTERM set a flag that the loop reads; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.name: str | None = None
-
-    def __enter__(self) -> Interrupts:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        which = signal.Signals(number)
-        self.name = which.name
-        signal.signal(which, self._old[which])
 
 
 @dataclasses.dataclass
@@ -175,6 +153,7 @@ class Loop:
     """Of prepared weights."""
     tokenizer_sha256: str
     stop_after: int | None
+    interrupts: Interrupts
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
     initial: float | None = None
@@ -191,7 +170,7 @@ class Loop:
         with contextlib.suppress(StorageError) if kind else contextlib.nullcontext():
             self.checkpoints.close()
 
-    def run(self, state: TrainState, saved: dict[str, Any], interrupts: Interrupts, started: float) -> tuple[TrainState, dict[str, Any]]:
+    def run(self, state: TrainState, saved: dict[str, Any], started: float) -> tuple[TrainState, dict[str, Any]]:
         """(last state, summary) after all steps. `saved` is the meta of the checkpoint that `state` came from, empty at first;
         `started` is the perf_counter that first_step_s counts from.
         """
@@ -199,7 +178,7 @@ class Loop:
         self.initial = saved.get("val_bpb_initial")
         if self.initial is None:
             self.initial = self.validate(state, done).bpb
-        state, first_step_s = self.fit(state, done, interrupts, started)
+        state, first_step_s = self.fit(state, done, started)
         self.checkpoints.wait()
         final = self.validate(state, config.steps)
         rate = self.meter.tokens_per_second
@@ -223,17 +202,18 @@ class Loop:
             "state_sha256": state_sha256(state, self.loader.get_state()),
         }
 
-    def fit(self, state: TrainState, done: int, interrupts: Interrupts, started: float) -> tuple[TrainState, float | None]:
+    def fit(self, state: TrainState, done: int, started: float) -> tuple[TrainState, float | None]:
         """(state after steps done + 1 .. steps, seconds to the first). Raises Interrupted, with the state saved, when told to stop."""
         train, first_step_s = self.program.config.train, None
         steps = self.program.config.steps
         # Virtual CPU devices deadlock in their rendezvous when steps queue up.
         wait_each = self.program.platform == "cpu" and self.program.mesh.size > 1
         for number in range(done + 1, steps + 1):
-            if interrupts.name or done < number - 1 == self.stop_after:  # not where a resumed run begins
-                self.leave(state, number - 1, interrupts.name)
+            if done < number - 1 == self.stop_after:  # not where a resumed run begins
+                self.leave(state, f"as --stop-after {self.stop_after} asks")
+            self.checkpoints.check()
             self.profile.before(number)
-            state, metrics = self.program.phase(number).train_step(state, next(self.loader))
+            state, metrics = self.program.phase(number).train_step(state, self.next_batch(state))
             if wait_each or first_step_s is None:
                 jax.block_until_ready(metrics)
                 first_step_s = first_step_s or time.perf_counter() - started
@@ -247,11 +227,21 @@ class Loop:
         self.meter.flush()
         return state, first_step_s
 
-    def save(self, state: TrainState) -> None:
+    def next_batch(self, state: TrainState) -> Any:
+        """Of the data, which may be slow."""
+        position = self.loader.get_state()
+        try:
+            with self.interrupts.waiting():
+                return next(self.loader)
+        except Stop:
+            self.leave(state, f"on {self.interrupts.name}", position)  # that before: the batch may have been taken, and was not used
+
+    def save(self, state: TrainState, position: dict[str, int] | None = None) -> None:
+        """Start saving, with the position in the data: that of the loader, if no other."""
         self.meter.pause()
         config = self.program.config
         own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
-        self.checkpoints.save(state, own | {"data": self.loader.get_state()})
+        self.checkpoints.save(state, own | {"data": position or self.loader.get_state()})
         if self.on_first_save:
             self.checkpoints.wait()
             self.on_first_save()
@@ -260,17 +250,20 @@ class Loop:
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""
         self.meter.pause()
-        result = self.evaluate(self.program.phase(number).prepare(state.params))
+        try:
+            with self.interrupts.waiting():
+                result = self.evaluate(self.program.phase(number).prepare(state.params))
+        except Stop:
+            self.leave(state, f"on {self.interrupts.name}")
         self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
         self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
         return result
 
-    def leave(self, state: TrainState, number: int, signal_name: str | None) -> None:
+    def leave(self, state: TrainState, why: str, position: dict[str, int] | None = None) -> NoReturn:
         """Save and stop."""
-        self.save(state)
+        self.save(state, position)
         self.checkpoints.wait()
-        why = f"on {signal_name}" if signal_name else f"as --stop-after {self.stop_after} asks"
-        raise Interrupted(f"stopped {why}, step {number} saved; go on with the same command and --resume")
+        raise Interrupted(f"stopped {why}, step {int(state.step)} saved; go on with the same command and --resume")
 
 
 def due(number: int, every: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import IO, Any
 from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import UserError
+from nanojax.manifest import complete_steps
 from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer, write_atomically
 
@@ -49,10 +49,8 @@ class RunFolder:
 
     @property
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, in order; found without importing anything."""
-        if not self.checkpoints.is_dir():
-            return []
-        return sorted(int(child.name) for child in self.checkpoints.iterdir() if re.fullmatch("[0-9]+", child.name) and child.is_dir())
+        """Steps that have a checkpoint, in order; found without importing jax."""
+        return complete_steps(self.checkpoints)
 
     @property
     def has_checkpoint(self) -> bool:

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
-from nanojax.errors import UserError, run_main
+from nanojax.errors import Interrupted, UserError, run_main
+from nanojax.interrupts import Interrupts, Stop
 
 if TYPE_CHECKING:
     from nanojax.analysis.record import About
+    from nanojax.data.loader import Loader
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
     from nanojax.program import Program
@@ -65,24 +67,34 @@ def main(argv: Sequence[str]) -> None:
         from nanojax.program import require_attention
 
         require_attention(command.config)
-    with folder.open_for_training(command.resume):
-        data = prepare(command.config.data, command.config.model.vocab_size, print)
-        config = resolve(command.config, data.tokenizer.n_vocab)
-        if command.resume:
-            folder.check_resume(config, data, allow=command.allow)
-            if folder.finished(config) and command.allow:
-                raise UserError(
-                    f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}"
-                )
-            if folder.finished(config):
-                print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+    with folder.open_for_training(command.resume), Interrupts() as interrupts:
+        try:
+            with interrupts.waiting():
+                data = prepare(command.config.data, command.config.model.vocab_size, print)
+            config = resolve(command.config, data.tokenizer.n_vocab)
+            if command.resume and not to_go_on(folder, config, data, command):
                 return
-        elif config.train.init_from is not None:
-            RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
-        first = folder.steps[-1] + 1 if command.resume else 1
-        if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
-            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
-        train(config, command, folder, data, started)
+            if not command.resume and config.train.init_from is not None:
+                RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
+            first = folder.steps[-1] + 1 if command.resume else 1
+            if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
+                raise UserError(
+                    f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}"
+                )
+            train(config, command, folder, data, interrupts, started)
+        except Stop:
+            words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
+            raise Interrupted(words, abrupt=interrupts.abandoned) from None
+
+
+def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand) -> bool:
+    """Whether a run has steps left; says so where it has none. Raises UserError where it cannot go on like this."""
+    folder.check_resume(config, data, allow=command.allow)
+    if folder.finished(config) and command.allow:
+        raise UserError(f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}")
+    if folder.finished(config):
+        print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+    return not folder.finished(config)
 
 
 def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
@@ -119,17 +131,15 @@ def saved_config(path: Path) -> Config:
     return replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
 
 
-def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, started: float) -> None:
+def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, interrupts: Interrupts, started: float) -> None:
     """The run itself: program, data, state, loop, summary."""
     import jax
 
     from nanojax import telemetry
     from nanojax.checkpoint import Checkpoints
-    from nanojax.data.loader import Loader
     from nanojax.data.packing import load_or_make
     from nanojax.evals.bpb import validator
-    from nanojax.loop import Interrupts, Loop, Meter
-    from nanojax.mesh import batch_sharding
+    from nanojax.loop import Loop, Meter
     from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
@@ -137,47 +147,70 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     program = make_program(config, profiled=command.profile is not None)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
-    plan = load_or_make(data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap)
+    with interrupts.waiting():
+        plan = load_or_make(
+            data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
+        )
     print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
     if program.platform == "gpu":
-        print(program.self_test(), flush=True)
-    prepare_step(program, command, folder, peak)
-    loader = Loader(
-        data.train,
-        plan,
-        rows_per_step=program.rows * program.accumulation,
-        accum=program.accumulation,
-        sharding=batch_sharding(program.mesh),
-        seed=config.train.seed,
-        n_vocab=data.tokenizer.n_vocab,
-    )
+        print(interrupts.beside(program.self_test), flush=True)
+    prepare_step(program, command, folder, interrupts, peak)
+    loader = loader_of(program, data, plan)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
-    with jax.set_mesh(program.mesh), out_of_memory_told(), Interrupts() as interrupts:
+    with jax.set_mesh(program.mesh), out_of_memory_told():
         if command.resume:
-            state, saved = checkpoints.restore(program.shapes, program.shardings)
+            with interrupts.waiting():
+                state, saved = checkpoints.restore(program.shapes, program.shardings)
             folder.check_checkpoint(saved, data)
             loader.set_state(saved["data"])
         else:
-            state, saved = start(program), {}
+            with interrupts.waiting():
+                state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
-        loop = Loop(program, loader, meter, profile, checkpoints, validator(program, data), data.tokenizer.sha256, command.stop_after)
+        loop = Loop(
+            program,
+            loader,
+            meter,
+            profile,
+            checkpoints,
+            evaluate=validator(program, data),
+            tokenizer_sha256=data.tokenizer.sha256,
+            stop_after=command.stop_after,
+            interrupts=interrupts,
+        )
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
             loop.on_first_save = functools.partial(folder.write, config, data)
         with loop:
-            state, outcome = loop.run(state, saved, interrupts, started)
+            state, outcome = loop.run(state, saved, started)
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
 
 
-def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, peak: float | None) -> None:
+def loader_of(program: Program, data: Prepared, plan: Plan) -> Loader:
+    """The training batches of a program."""
+    from nanojax.data.loader import Loader
+    from nanojax.mesh import batch_sharding
+
+    return Loader(
+        data.train,
+        plan,
+        rows_per_step=program.rows * program.accumulation,
+        accum=program.accumulation,
+        sharding=batch_sharding(program.mesh),
+        seed=program.config.train.seed,
+        n_vocab=data.tokenizer.n_vocab,
+    )
+
+
+def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, interrupts: Interrupts, peak: float | None) -> None:
     """Compile the first step and look at it, before anything is allocated. Raises UserError where it cannot fit or lacks its kernels."""
     from nanojax.analysis.plan import require_fit
     from nanojax.analysis.record import write_record
 
-    compiled = program.compile_step(folder.steps[-1] + 1 if command.resume else 1)
+    compiled = interrupts.beside(lambda: program.compile_step(folder.steps[-1] + 1 if command.resume else 1))
     require_fit(program, compiled, print)
     print(program.check_step(compiled), flush=True)
     if command.profile is not None:

@@ -60,8 +60,11 @@ def golden(request):
 
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory) -> Path:
-    """A cache folder for tokenizers, shards and plans, shared by the tests of one session."""
-    return tmp_path_factory.mktemp("nanojax-cache")
+    """A cache folder for tokenizers, shards, plans and compiled programs, shared by the tests of one session, in all its processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "nanojax-cache"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

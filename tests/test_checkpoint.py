@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,9 +22,11 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from nanojax import checkpoint, manifest
 from nanojax.checkpoint import Checkpoints, state_sha256, storage
 from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import NonFiniteError, StorageError, UserError
+from nanojax.manifest import complete_steps
 from nanojax.step import TrainState
 
 # orbax leaves coroutines behind when a file is damaged; Python says so whenever it happens to collect them.
@@ -236,37 +241,147 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(checkpoints):
             read()
 
 
-def restore_in_vain(folder: Path) -> str:
-    """What the UserError says, which must be one line."""
+FAULTS = {
+    "truncated": lambda file, older: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "zeros": lambda file, older: file.write_bytes(bytes(file.stat().st_size)),
+    "a flipped bit": lambda file, older: file.stat().st_size and flip(file, 3 * file.stat().st_size),
+    "deleted": lambda file, older: file.unlink(),
+    "empty": lambda file, older: file.write_bytes(b""),
+    "of an older step": lambda file, older: file.write_bytes(older.read_bytes()),
+    "a link": lambda file, older: (file.unlink(), file.symlink_to(older)),
+    "a folder": lambda file, older: (file.unlink(), file.mkdir()),
+}
+
+
+def flip(file: Path, bit: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """The checkpoints of steps 3 and 4."""
+    folder = tmp_path_factory.mktemp("two") / "checkpoints"
+    made = Checkpoints(folder, keep=2)
+    for step in (3, 4):
+        made.save(small_state(step), META)
+    made.close()
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_of_every_file_of_the_newest_checkpoint_is_found_and_named(two, tmp_path, fault):
+    found = 0
+    for n, name in enumerate(files_of(two / "4")):
+        folder = tmp_path / str(n)
+        shutil.copytree(two, folder)
+        file = folder / "4" / name
+        before = file.read_bytes()
+        FAULTS[fault](file, folder / "3" / name if (folder / "3" / name).exists() else folder / "3" / manifest.NAME)
+        if file.is_file() and not file.is_symlink() and file.read_bytes() == before:
+            continue  # an empty file, cut in half; a file that is the same in both steps
+        found += 1
+        if name == manifest.NAME and fault in ("deleted", "a folder"):
+            assert complete_steps(folder) == [3], "a step without its manifest is none"
+            continue
+        with pytest.raises(manifest.Damaged, match=re.escape(name)):
+            check(folder / "4")
+    assert found > 6
+
+
+def test_no_flipped_bit_is_silent(two, tmp_path):
+    rng = np.random.default_rng(0)
+    shutil.copytree(two / "4", tmp_path / "4")
+    files = files_of(tmp_path / "4")
+    for _ in range(100):
+        file = tmp_path / "4" / files[rng.integers(len(files))]
+        if file.stat().st_size == 0:
+            continue
+        bit = int(rng.integers(8 * file.stat().st_size))
+        flip(file, bit)
+        with pytest.raises(manifest.Damaged):
+            check(tmp_path / "4")
+        flip(file, bit)
+    check(tmp_path / "4")
+
+
+def check(folder: Path) -> None:
+    manifest.read(folder).check_files(folder)
+
+
+@pytest.mark.parametrize("victim", ["rest/d", "params/d", "params/manifest.ocdbt"])
+def test_a_run_walks_back_to_the_newest_good_checkpoint_and_puts_the_damaged_one_aside(two, tmp_path, capsys, victim):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two, folder)
+    file = next(file for file in (folder / "4").rglob("*") if file.is_file() and victim in file.as_posix())
+    flip(file, 100)
     reader = Checkpoints(folder)
-    with pytest.raises(UserError) as caught:
-        reader.restore(*layout(small_state()))
-    reader.close()
+    assert bits(reader.restore(*layout(small_state()))[0]) == bits(small_state(3))
+    name = file.relative_to(folder / "4").as_posix()
+    assert f"4 is damaged: {name} has other bytes than were saved; step 3 is read instead" in capsys.readouterr().err
+    assert (folder / "4").is_dir(), "a reader moves nothing"
+    run = Checkpoints(folder, keep=2)
+    restored, meta = run.restore(*layout(small_state()))
+    assert (bits(restored), meta) == (bits(small_state(3)), META)
+    assert "moved to 4.corrupt; step 3 is read instead" in capsys.readouterr().err
+    assert sorted(child.name for child in folder.iterdir()) == ["3", "4.corrupt"]
+    run.save(small_state(4), META)  # the step comes round again
+    run.close()
+    assert bits(Checkpoints(folder).restore(*layout(small_state()))[0]) == bits(small_state(4))
+
+
+def test_with_every_checkpoint_damaged_nothing_is_begun_from_scratch(two, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two, folder)
+    for step in ("3", "4"):
+        (folder / step / "_CHECKPOINT_METADATA").unlink()
+    run = Checkpoints(folder, keep=2)
+    with pytest.raises(UserError, match=r"3 is damaged: _CHECKPOINT_METADATA is missing, and there is no older one; bring back") as caught:
+        run.restore(*layout(small_state()))
     assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
-@pytest.mark.parametrize("part", ["params", "rest"])
-def test_a_truncated_file_is_named_in_one_line(checkpoints, part):
-    checkpoints.save(small_state(), META)
-    checkpoints.wait()
-    files = [file for file in (checkpoints.folder / "3" / part).rglob("d/*") if file.is_file()]
-    for file in files:
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert files
-    said = restore_in_vain(checkpoints.folder)
-    assert str(checkpoints.folder / "3") in said
-    assert "move that folder away" in said
+def test_damage_on_the_way_is_found_by_the_arrays(two, tmp_path):
+    """Files as the manifest has them, and an array that is not what was saved."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two, folder)
+    source = folder / "4" / manifest.NAME
+    record = json.loads(source.read_text().rpartition("}")[0] + "}")
+    record["arrays"]["params/a.w"] = "0" * 32
+    source.write_text(sealed(json.dumps(record)))
+    reader = Checkpoints(folder)
+    assert bits(reader.restore(*layout(small_state()))[0]) == bits(small_state(3))
 
 
-@pytest.mark.parametrize("victim", ["params/d", "params/manifest.ocdbt", "meta/_strings.json", "meta", "rest/_METADATA"])
-def test_a_file_that_is_gone_is_named_in_one_line(checkpoints, victim):
-    checkpoints.save(small_state(), META)
-    checkpoints.wait()
-    gone = checkpoints.folder / "3" / victim
-    assert gone.exists()
-    gone.rename(checkpoints.folder.parent / "gone")
-    assert str(checkpoints.folder / "3") in restore_in_vain(checkpoints.folder)
+def sealed(body: str) -> str:
+    return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
+
+
+def test_a_save_that_never_got_its_manifest_is_none_and_is_cleared_by_the_run(two, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two, folder)
+    (folder / "4" / manifest.NAME).unlink()
+    (folder / "5.orbax-checkpoint-tmp").mkdir()
+    assert Checkpoints(folder).latest == 3
+    assert (folder / "4").is_dir()
+    assert Checkpoints(folder, keep=2).latest == 3
+    assert [child.name for child in folder.iterdir()] == ["3"]
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["", "[]", "{}", '{"version": 1, "step": 4}', "[" * 100_000, '{"version": 2, "step": 4, "files": {}, "meta": {}, "arrays": {}}'],
+)
+def test_a_manifest_that_is_none_is_damage(tmp_path, record):
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / manifest.NAME).write_text(sealed(record) if record else "")
+    with pytest.raises(manifest.Damaged, match=manifest.NAME):
+        manifest.read(tmp_path / "4")
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(checkpoints):
@@ -276,15 +391,13 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(checkpoints):
     for name in ("a.w", "c.w"):
         other = {"b.gain": shapes.params["b.gain"], name: jax.ShapeDtypeStruct((5, 6), jnp.float32)}
         places = {key: SingleDeviceSharding(jax.devices()[0]) for key in other}
-        with pytest.raises(UserError, match=r"damaged or of another model") as caught:
+        with pytest.raises(UserError, match=r"is of another model") as caught:
             checkpoints.restore(dataclasses.replace(shapes, params=other), dataclasses.replace(shardings, params=places))
         assert "\n" not in str(caught.value)
 
 
 class Failing:
-    """An orbax whose save fails, at once or when it is waited for."""
-
-    latest = None
+    """A save of orbax that fails, at once or when it is waited for."""
 
     def __init__(self, error: Exception, *, late: bool):
         self.error, self.late = error, late
@@ -310,7 +423,7 @@ class Failing:
 )  # fmt: skip
 def test_a_full_or_closed_disk_is_a_storage_error_with_a_remedy(tmp_path, monkeypatch, error, late):
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
-    monkeypatch.setattr(checkpoints, "_orbax", Failing(error, late=late))
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", Failing(error, late=late).save_checkpointables_async)
 
     def save():
         checkpoints.save(small_state(), META)
@@ -332,7 +445,7 @@ def test_other_errors_of_orbax_keep_their_name(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="choose another --out"):
-        Checkpoints(tmp_path / "file/below")
+        Checkpoints(tmp_path / "file/below", keep=1)
 
 
 if __name__ == "__main__":

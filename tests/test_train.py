@@ -27,7 +27,7 @@ from nanojax.data.shards import prepare
 from nanojax.errors import Interrupted, UserError, run_main
 from nanojax.evals import bpb
 from nanojax.evals.command import main as eval_main
-from nanojax.loop import Interrupts
+from nanojax.program import Program
 from nanojax.runs import RunFolder
 from nanojax.sizes import count_parameters, flops_per_token, resolve
 
@@ -88,12 +88,52 @@ def documents_in(step: int, config: Config, data, run: Run) -> set[int]:
     return {document for document in found if data.train.offsets[document + 1] - data.train.offsets[document] > 2 * config.model.seq_len}
 
 
+def terminate(*_) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def test_sigterm_saves_and_the_saved_config_is_enough_to_go_on(presets, start, straight, tmp_path):
     """--resume without a preset, at a step that no cadence would have saved."""
     out = tmp_path / "run"
-    start(presets["modern"], out=out, expect=Interrupted, at=(16, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    assert Checkpoints(out / "checkpoints").latest == 17
+    start(presets["modern"], out=out, expect=Interrupted, at=(16, terminate))
+    assert Checkpoints(out / "checkpoints").latest == 16
     assert start(None, "--resume", out=out).summary["state_sha256"] == straight.summary["state_sha256"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "step"),
+    [(bpb, "evaluate", 0), (Checkpoints, "save", 10), (Program, "compile_step", None)],
+    ids=["evaluation", "save", "compile"],
+)
+def test_sigterm_in_another_phase_saves_the_step_that_the_run_is_at(presets, start, tmp_path, monkeypatch, owner, name, step):
+    """In the evaluation before the first step, in the save after the tenth, and while there is nothing to save."""
+    original = getattr(owner, name)
+
+    def disturbed(*arguments, **words):
+        monkeypatch.undo()
+        terminate()
+        time.sleep(0.3)
+        return original(*arguments, **words)
+
+    monkeypatch.setattr(owner, name, disturbed)
+    out = tmp_path / "run"
+    start(presets["modern"], out=out, expect=Interrupted)
+    assert Checkpoints(out / "checkpoints").latest == step
+
+
+def test_a_damaged_checkpoint_costs_a_run_what_came_after_the_one_before_it_and_no_more(presets, start, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    start(presets["modern"], "--stop-after", "25", out=out, expect=Interrupted)
+    file = next((out / "checkpoints/25/rest").rglob("d/*"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+    resumed = start(presets["modern"], "--resume", out=out)
+    said = capsys.readouterr().err
+    assert f"25 is damaged: {file.relative_to(out / 'checkpoints/25')} has other bytes" in said
+    assert "moved to 25.corrupt; step 20 is read instead" in said
+    assert resumed.summary["state_sha256"] == straight.summary["state_sha256"]
+    assert resumed.records == straight.records
 
 
 SLOW_STEPS = """
@@ -133,15 +173,6 @@ def test_ctrl_c_saves_exits_75_and_says_how_to_go_on(presets, start, straight, t
     assert resumed.records == straight.records
 
 
-def test_a_second_ctrl_c_ends_at_once():
-    with Interrupts() as interrupts:
-        signal.raise_signal(signal.SIGINT)
-        assert interrupts.name == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
 def test_a_run_whose_vocabulary_was_padded_goes_on_from_its_saved_config(presets, tmp_path):
     """300 tokens are padded to 384; the config that is saved says 384, and the tokenizer must still be the run's own."""
     begun = load_preset(presets["modern"])
@@ -151,6 +182,7 @@ def test_a_run_whose_vocabulary_was_padded_goes_on_from_its_saved_config(presets
     run = RunFolder(tmp_path)
     run.write(config, data)
     (run.checkpoints / "3").mkdir(parents=True)
+    (run.checkpoints / "3" / "manifest.json").touch()
     command, _ = train_module.read_command(["--out", str(tmp_path), "--resume"])
     again = prepare(command.config.data, command.config.model.vocab_size, lambda _: None)
     run.check_resume(resolve(command.config, again.tokenizer.n_vocab), again)

@@ -65,10 +65,12 @@ def world(tmp_path_factory) -> World:
     run.make()
     run.write(config, made)
     (run.checkpoints / "5").mkdir(parents=True)
+    (run.checkpoints / "5/manifest.json").touch()
     stray = RunFolder(root / "runs/swapped")  # its tokenizer was overwritten by that of another run
     stray.make()
     stray.write(config, made)
     (stray.checkpoints / "5").mkdir(parents=True)
+    (stray.checkpoints / "5/manifest.json").touch()
     other = Tokenizer.train(["another text, another vocabulary " * 9], 270)
     other.save(root / "other.json")
     other.save(stray.path / "tokenizer.json")

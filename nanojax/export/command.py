@@ -108,11 +108,11 @@ def main(argv: Sequence[str]) -> None:
 
     keep_compiled_programs(command.cache or config.data.cache)
     checkpoints = Checkpoints(folder.checkpoints)
-    step = checkpoints.latest or 0
     program = make_program(unplaced(config), jax.devices()[:1])
-    target = choose(config, command, program.phase(step).precision)
     params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
+    step = checkpoints.latest or 0  # now that damaged ones are known
     checkpoints.close()
+    target = choose(config, command, program.phase(step).precision)
     rounding = None
     if target.format in FORMATS:
         whole = layout.quantized_config(config, target.format, target.int4_group)

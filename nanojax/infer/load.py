@@ -54,9 +54,10 @@ class Source:
                 weights = read_weights(self.export, parts, dtype, shardings, packed=packed)
                 return Model(program, weights, self.export.step, f"{self.export.format}, exported")
             checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
-            step = checkpoints.latest or 0
+            params = checkpoints.finite_params(program.shapes.params, shardings)
+            step = checkpoints.latest or 0  # now that damaged ones are known
             phase = program.phase(step)
-            weights = phase.prepare(checkpoints.finite_params(program.shapes.params, shardings))
+            weights = phase.prepare(params)
             checkpoints.close()
             return Model(program, weights, step, phase.precision)
 
