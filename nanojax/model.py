@@ -52,18 +52,15 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """RMSNorm over the last axis, with a gain that learns or without one."""
+    """The gain of an RMSNorm, or none: the norm itself is part of what lies between products (ops/elementwise.py)."""
 
     def __init__(self, size: int, *, learnable: bool):
         self.gain = nnx.Param(jnp.ones(size, jnp.float32), out_sharding=("gain",)) if learnable else None
 
     @property
     def weight(self) -> Array | None:
-        """The gain, if it has one."""
+        """The gain, if there is one."""
         return None if self.gain is None else self.gain[...]
-
-    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        return rms_norm(x, self.weight)
 
 
 class Attention(nnx.Module):

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,19 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpointing import META, bits, flip, layout, sealed, small_state, two  # noqa: F401  # the last: a fixture
 from jax.sharding import SingleDeviceSharding
 
 from nanojax import checkpoint, manifest
 from nanojax.checkpoint import Checkpoints, state_sha256, storage
 from nanojax.config import Config, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import NonFiniteError, StorageError, UserError
-from nanojax.manifest import complete_steps
 from nanojax.step import TrainState
 
 # orbax leaves coroutines behind when a file is damaged; Python says so whenever it happens to collect them.
 pytestmark = pytest.mark.filterwarnings("ignore:coroutine:RuntimeWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 MESHES = ("data=2,fsdp=2,tensor=2", "data=4,fsdp=1,tensor=2", "data=1")
-META = {"data": {"next_step": 7}, "config": {"model": {"depth": 2}, "text": "né\n"}, "tokenizer_sha256": "ab" * 32, "val_bpb_initial": 3.25}
 
 
 # In the process with eight devices ----------------------------------------------------------------------------------------------------
@@ -58,10 +55,6 @@ def random_state(program) -> TrainState:
 
     state = jax.tree.map(fill, program.shapes, program.shardings)
     return dataclasses.replace(state, step=jax.device_put(jnp.int32(5), program.shardings.step))
-
-
-def bits(state: TrainState) -> dict[str, bytes]:
-    return {jax.tree_util.keystr(path): np.asarray(leaf).tobytes() for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
 def reshape(folder: str) -> dict:
@@ -117,23 +110,6 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(reshaped, journey, devic
 
 
 # On one device ------------------------------------------------------------------------------------------------------------------------
-
-
-def small_state(step: int = 3) -> TrainState:
-    rng = np.random.default_rng(step)
-    params = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in (("a.w", (4, 6)), ("b.gain", (6,)))}
-    return TrainState(
-        step=jnp.int32(step),
-        skipped=jnp.int32(1),
-        key=jnp.array([0, 42], jnp.uint32),
-        params=params,
-        moments=({"count": jnp.int32(9)}, {name: jnp.asarray(rng.standard_normal(p.shape), jnp.float32) for name, p in params.items()}),
-    )
-
-
-def layout(state: TrainState) -> tuple[TrainState, TrainState]:
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-    return shapes, jax.tree.map(lambda _: SingleDeviceSharding(jax.devices()[0]), state)
 
 
 @pytest.fixture
@@ -241,79 +217,6 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(checkpoints):
             read()
 
 
-FAULTS = {
-    "truncated": lambda file, older: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
-    "zeros": lambda file, older: file.write_bytes(bytes(file.stat().st_size)),
-    "a flipped bit": lambda file, older: file.stat().st_size and flip(file, 3 * file.stat().st_size),
-    "deleted": lambda file, older: file.unlink(),
-    "empty": lambda file, older: file.write_bytes(b""),
-    "of an older step": lambda file, older: file.write_bytes(older.read_bytes()),
-    "a link": lambda file, older: (file.unlink(), file.symlink_to(older)),
-    "a folder": lambda file, older: (file.unlink(), file.mkdir()),
-}
-
-
-def flip(file: Path, bit: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    file.write_bytes(content)
-
-
-def files_of(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory) -> Path:
-    """The checkpoints of steps 3 and 4."""
-    folder = tmp_path_factory.mktemp("two") / "checkpoints"
-    made = Checkpoints(folder, keep=2)
-    for step in (3, 4):
-        made.save(small_state(step), META)
-    made.close()
-    return folder
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_fault_of_every_file_of_the_newest_checkpoint_is_found_and_named(two, tmp_path, fault):
-    found = 0
-    for n, name in enumerate(files_of(two / "4")):
-        folder = tmp_path / str(n)
-        shutil.copytree(two, folder)
-        file = folder / "4" / name
-        before = file.read_bytes()
-        FAULTS[fault](file, folder / "3" / name if (folder / "3" / name).exists() else folder / "3" / manifest.NAME)
-        if file.is_file() and not file.is_symlink() and file.read_bytes() == before:
-            continue  # an empty file, cut in half; a file that is the same in both steps
-        found += 1
-        if name == manifest.NAME and fault in ("deleted", "a folder"):
-            assert complete_steps(folder) == [3], "a step without its manifest is none"
-            continue
-        with pytest.raises(manifest.Damaged, match=re.escape(name)):
-            check(folder / "4")
-    assert found > 6
-
-
-def test_no_flipped_bit_is_silent(two, tmp_path):
-    rng = np.random.default_rng(0)
-    shutil.copytree(two / "4", tmp_path / "4")
-    files = files_of(tmp_path / "4")
-    for _ in range(100):
-        file = tmp_path / "4" / files[rng.integers(len(files))]
-        if file.stat().st_size == 0:
-            continue
-        bit = int(rng.integers(8 * file.stat().st_size))
-        flip(file, bit)
-        with pytest.raises(manifest.Damaged):
-            check(tmp_path / "4")
-        flip(file, bit)
-    check(tmp_path / "4")
-
-
-def check(folder: Path) -> None:
-    manifest.read(folder).check_files(folder)
-
-
 @pytest.mark.parametrize("victim", ["rest/d", "params/d", "params/manifest.ocdbt"])
 def test_a_run_walks_back_to_the_newest_good_checkpoint_and_puts_the_damaged_one_aside(two, tmp_path, capsys, victim):
     folder = tmp_path / "checkpoints"
@@ -358,10 +261,6 @@ def test_damage_on_the_way_is_found_by_the_arrays(two, tmp_path):
     assert bits(reader.restore(*layout(small_state()))[0]) == bits(small_state(3))
 
 
-def sealed(body: str) -> str:
-    return f"{body}\n{hashlib.sha256(body.encode()).hexdigest()}\n"
-
-
 def test_a_save_that_never_got_its_manifest_is_none_and_is_cleared_by_the_run(two, tmp_path):
     folder = tmp_path / "checkpoints"
     shutil.copytree(two, folder)
@@ -371,17 +270,6 @@ def test_a_save_that_never_got_its_manifest_is_none_and_is_cleared_by_the_run(tw
     assert (folder / "4").is_dir()
     assert Checkpoints(folder, keep=2).latest == 3
     assert [child.name for child in folder.iterdir()] == ["3"]
-
-
-@pytest.mark.parametrize(
-    "record",
-    ["", "[]", "{}", '{"version": 1, "step": 4}', "[" * 100_000, '{"version": 2, "step": 4, "files": {}, "meta": {}, "arrays": {}}'],
-)
-def test_a_manifest_that_is_none_is_damage(tmp_path, record):
-    (tmp_path / "4").mkdir()
-    (tmp_path / "4" / manifest.NAME).write_text(sealed(record) if record else "")
-    with pytest.raises(manifest.Damaged, match=manifest.NAME):
-        manifest.read(tmp_path / "4")
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(checkpoints):
