@@ -41,13 +41,13 @@ def add_and_norm(x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"]
 
 def _add_and_norm_forward(x_BTD: Array, y_BTD: Array | None, gain_D: Array, interpret: bool):
     made: Any = add_and_norm(x_BTD, y_BTD, gain_D, interpret)
-    return made, (made[0], gain_D, y_BTD is None)
+    return made, (made[0], gain_D, None if y_BTD is None else ())
 
 
-def _add_and_norm_backward(interpret: bool, kept: tuple[Array, Array, bool], cotangents: tuple[Array, Array]):
-    sum_BTD, gain_D, alone = kept
+def _add_and_norm_backward(interpret: bool, kept: tuple[Array, Array, tuple | None], cotangents: tuple[Array, Array]):
+    sum_BTD, gain_D, added = kept
     dx_BTD, dgain_PD = _call(_backward, gain_D, (sum_BTD, *cotangents), interpret)
-    return dx_BTD, None if alone else dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
+    return dx_BTD, None if added is None else dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
 
 
 add_and_norm.defvjp(_add_and_norm_forward, _add_and_norm_backward)
