@@ -61,6 +61,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         print(f"nanojax: {label}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
         if isinstance(error, Interrupted) and error.abrupt:
+            sys.stdout.flush()
             os._exit(code)
     except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

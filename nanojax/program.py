@@ -80,13 +80,20 @@ class Site:
         return Rounding.of(self.config, self.precision)
 
     @property
+    def kernels(self) -> list[str]:
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, which only the plain product can be."""
+        model = self.config.model
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": model.ffn == "swiglu" and product_of(self) is dot, "loss": True}
+        return [name for name, there in known.items() if there]
+
+    @property
     def facts(self) -> dict[str, str]:
         """Lines for the header."""
         return {
             "devices": f"{self.mesh.size} x {self.mesh.devices.flat[0].device_kind} ({self.platform})",
             "mesh": ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()),
             "attention": f"{self.attention} ({self.why})",
-            "elementwise": "XLA: " + self.no_kernels if self.no_kernels else "kernels: norms, rotation, SwiGLU, loss",
+            "elementwise": f"XLA: {self.no_kernels}" if self.no_kernels else f"kernels: {', '.join(self.kernels)}; else XLA",
             "precision": f"activations {self.compute}, block matrices {self.rounding.describe(self.config)}, master weights fp32",
             "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
         }

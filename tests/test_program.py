@@ -86,6 +86,16 @@ def test_the_first_step_runs_what_the_check_compiled(quick):
     assert int(again.step) == 2
 
 
+def test_the_header_names_the_kernels_that_a_model_gets():
+    """As if on a GPU: nothing is compiled."""
+    site = dataclasses.replace(program_of(), no_kernels=None)
+    assert site.facts["elementwise"] == "kernels: norms, rotation, SwiGLU, loss; else XLA"
+    other = dataclasses.replace(CONFIG.model, qk_norm=False)
+    site = dataclasses.replace(site, precision="fp8", config=dataclasses.replace(site.config, model=other))
+    assert site.facts["elementwise"] == "kernels: norms, loss; else XLA"
+    assert program_of().facts["elementwise"] == "XLA: kernels run on NVIDIA GPUs, and the device is a cpu"
+
+
 def test_a_step_that_lacks_the_kernel_of_its_backend_is_refused(quick):
     program = dataclasses.replace(quick, attention="te")
     with jax.set_mesh(quick.mesh), pytest.raises(UserError, match="attn_impl=te must call te_fused_attn_forward_ffi"):

@@ -21,7 +21,14 @@ def results(f, shape, dtype):
     return y, *vjp(dy)
 
 
-@pytest.mark.parametrize("shape", [(1, 7, 2, 32), (2, 96, 3, 16)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 7, 2, 32),
+        (2, 96, 3, 16),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 8, 3, 16), (3, 128, 1, 8), (2, 96, 2, 64))),
+    ],
+)
 def test_it_is_the_norm_and_the_rotation_forward_and_backward(shape):
     """Blocks of many tokens, of an odd number, of several to a row."""
     got = results(lambda *a: norm_rope(*a, True), shape, jnp.float32)
