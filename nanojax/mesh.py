@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -109,6 +110,19 @@ def per_rows(f: Callable, mesh: Mesh, rows: int) -> Callable:
         specs = tuple(P(BATCH_AXES) if i < rows else P() for i in range(len(arguments)))
         # Unchecked, as above. The gradients of what is whole are summed over devices.
         return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(BATCH_AXES), check_vma=False)(*arguments)
+
+    return call
+
+
+def both_ways_per_rows(f: Callable, mesh: Mesh) -> Callable:
+    """f(x [N, I], scale, dtype) -> (like x, turned [I, N]) on every device with its own rows."""
+    if mesh.size == 1:
+        return f
+
+    def call(x_NI: jax.Array, scale: jax.Array, dtype: Any) -> Any:
+        own = functools.partial(f, dtype=dtype)
+        specs = (P(BATCH_AXES), P(None, BATCH_AXES))
+        return jax.shard_map(own, mesh=mesh, in_specs=(specs[0], P()), out_specs=specs, check_vma=False)(x_NI, scale)
 
     return call
 

@@ -29,7 +29,9 @@ from nanojax.ops.attention_check import self_test
 from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
-from nanojax.ops.fp8_dot import fp8_dot
+from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
+from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.xent import total_nats
 from nanojax.optim import optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
@@ -81,9 +83,9 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, which only the plain product can be."""
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups."""
         model = self.config.model
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": model.ffn == "swiglu" and product_of(self) is dot, "loss": True}
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": model.ffn == "swiglu" and products_of(self) is not None, "loss": True}
         return [name for name, there in known.items() if there]
 
     @property
@@ -257,12 +259,26 @@ def elementwise_of(site: Site) -> elementwise.Elementwise:
     """What a site chose to do between products, on all of its devices."""
     if site.no_kernels:
         return elementwise.PLAIN
-    return elementwise.kernels(lambda f, rows: meshes.per_rows(f, site.mesh, rows), joined=product_of(site) is dot)
+    return elementwise.kernels(lambda f, rows: meshes.per_rows(f, site.mesh, rows), products_of(site))
 
 
 def product_of(site: Site) -> Callable:
     """The matrix product of a site's precision."""
-    return fp8_dot if site.precision == "fp8" else full_recipe_dot if site.config.train.fp4_recipe == "full" else dot
+    if site.precision == "fp8":
+        return functools.partial(fp8_dot, rounded=rounded_of(site))
+    return full_recipe_dot if site.config.train.fp4_recipe == "full" else dot
+
+
+def products_of(site: Site) -> Products | None:
+    """Those of several matrices side by side, where a site's precision has them."""
+    if site.precision == "fp8":
+        return fp8_products(rounded_of(site))
+    return None if site.config.train.fp4_recipe == "full" else PLAIN_PRODUCTS
+
+
+def rounded_of(site: Site) -> Round:
+    """How activations are rounded to 8 bits, on all devices of a site."""
+    return both_ways_reference if site.no_kernels else meshes.both_ways_per_rows(both_ways, site.mesh)
 
 
 def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT:

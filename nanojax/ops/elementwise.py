@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from nanojax.ops.kernels.norm_rope import norm_rope
 from nanojax.ops.kernels.qkv import How, Three, qkv
 from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
+from nanojax.ops.products import PLAIN_PRODUCTS, Products, multiply
 from nanojax.ops.rope import Rope, rotate
 from nanojax.ops.xent import nats_and_gradient
 
@@ -83,8 +85,13 @@ def refusal(request: Request, tensor: int) -> str | None:
     return None
 
 
-def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Elementwise:
-    """Those of ops/kernels, on a GPU, or anywhere with `interpret`. `joined`: products may have their matrices side by side, as one."""
+def kernels(spread: Spread, products: Products | None, *, interpret: bool = False) -> Elementwise:
+    """Those of ops/kernels, on a GPU, or anywhere with `interpret`. `products` are those of matrices that are told to round, which
+    all others do not; None where matrices may not be multiplied side by side.
+    """
+
+    def chosen(layer: Any) -> Products:
+        return PLAIN_PRODUCTS if products is None or layer.key is None else products
 
     def known(gain: Gain, size: int) -> Array:
         return jnp.ones(size, jnp.float32) if gain is None else gain
@@ -97,12 +104,13 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
             return norm_and_rotate(x_BTNH, gain_H, rope)
         return spread(lambda x, gain, rope: norm_rope(x, gain, rope, interpret), 1)(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
 
-    def project_joined(x_BTD, products, gains, rope, head_dim):
-        if not joined or rope[0].ndim == 3:
-            return project(x_BTD, products, gains, rope, head_dim, turn)
-        ws = tuple(product.w.get_value().astype(x_BTD.dtype) for product in products)
+    def project_joined(x_BTD, layers, gains, rope, head_dim):
+        if products is None or rope[0].ndim == 3:
+            return project(x_BTD, layers, gains, rope, head_dim, turn)
+        ws = tuple(layer.w.get_value().astype(x_BTD.dtype) for layer in layers)
         with jax.named_scope("qkv"):
-            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, How(head_dim, spread, interpret))
+            how = How(head_dim, spread, chosen(layers[0]), interpret)
+            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how)
 
     def nats(logits_BTV, targets_BT, softcap):
         def local(logits_BTV, targets_BT):
@@ -114,7 +122,8 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
         return spread(local, 2)(logits_BTV, targets_BT)
 
     def gate_and_up(x_BTD, gate, up):
-        both_BTF = jnp.dot(x_BTD, jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1))
+        both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
+        both_BTF = multiply(x_BTD, both_DF, chosen(gate))
         return spread(lambda both: swiglu(both, interpret), 1)(both_BTF)
 
-    return Elementwise(norm, project_joined, gate_and_up if joined else gated, nats)
+    return Elementwise(norm, project_joined, gated if products is None else gate_and_up, nats)

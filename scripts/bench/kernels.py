@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config
@@ -32,8 +32,8 @@ class Case:
     arguments: tuple[Any, ...]
     bytes: int
     """That it must read and write, forward and backward."""
-    in_place: bool = False
-    """Whether its last result takes the place of its argument. It then has no backward pass."""
+    passes: Literal["both", "forward", "in place"] = "both"
+    """forward: it has no backward pass. in place: nor that, and its last result takes the place of its argument."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,9 +51,14 @@ def main(argv: Sequence[str]) -> None:
     base = resolve(bench.config, bench.config.model.vocab_size)
     print(f"{device.device_kind}\n| kernel | pass | reference, ms | kernel, ms | ratio | GB/s |\n|---|---|---|---|---|---|")
     for case in cases(base, micro_batch(base, 1)):
-        for name, wrap in [("in place", in_place)] if case.in_place else [("forward", jax.jit), ("forward and backward", both)]:
+        ways = {
+            "both": {"forward": jax.jit, "forward and backward": both},
+            "forward": {"forward": jax.jit},
+            "in place": {"in place": in_place},
+        }
+        for name, wrap in ways[case.passes].items():
             before, after = (milliseconds(wrap(f), case.arguments) for f in (case.reference, case.kernel))
-            rate = "" if wrap is jax.jit else f"{case.bytes / after / 1e6:,.0f}"
+            rate = "" if name == "forward" and case.passes == "both" else f"{case.bytes / after / 1e6:,.0f}"
             print(f"| {case.name} | {name} | {before:.3f} | {after:.3f} | {before / after:.2f} | {rate} |", flush=True)
 
 
@@ -97,6 +102,8 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     import jax
     import jax.numpy as jnp
 
+    from nanojax.ops.fp8_dot import E4M3, E5M2
+    from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
     from nanojax.ops.kernels.cross_entropy import cross_entropy
     from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_reference
     from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
@@ -120,8 +127,18 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
         lambda logits: jax.tree.map(lambda y: y[0], nats_and_gradient(logits[None], targets[None], c.softcap)),
         (logits,),
         2 * logits.nbytes,
-        in_place=True,
+        passes="in place",
     )
+    scale = jnp.float32(2**-6)
+    for dtype in (E4M3, E5M2):
+        yield Case(
+            f"both_ways {list(both.shape)} {dtype.__name__}",
+            lambda x, dtype=dtype: both_ways(x, scale, dtype),
+            lambda x, dtype=dtype: both_ways_reference(x, scale, dtype),
+            (both.reshape(-1, both.shape[-1]),),
+            2 * both.nbytes,
+            passes="forward",
+        )
     yield Case(
         f"norm_rope {list(x.shape)}",
         lambda x, gain: norm_rope(x, gain, rope),

@@ -12,6 +12,7 @@ import pytest
 from nanojax.model import merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
+from nanojax.ops.products import PLAIN_PRODUCTS
 from nanojax.ops.xent import total_nats
 
 GPU = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=1, tokens=64, heads=4, kv_heads=2, head_dim=128)
@@ -58,7 +59,7 @@ def test_a_model_loses_and_learns_the_same_with_kernels(tiny_model, changes, rem
 
         return jax.jit(jax.value_and_grad(nats))(params)
 
-    (value, got), (want, wanted) = map(nats_and_gradients, (kernels(alone, joined=True, interpret=True), PLAIN))
+    (value, got), (want, wanted) = map(nats_and_gradients, (kernels(alone, PLAIN_PRODUCTS, interpret=True), PLAIN))
     np.testing.assert_allclose(value, want, rtol=1e-6)
     for name, g in wanted.items():
         np.testing.assert_allclose(got[name], g, atol=1e-5 * float(jnp.abs(g).max()), err_msg=name)  # sums of float32 in another order
@@ -66,7 +67,7 @@ def test_a_model_loses_and_learns_the_same_with_kernels(tiny_model, changes, rem
 
 def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):
     """As decoding has them: the table is then of rows."""
-    graph, params = tiny_model(elementwise=kernels(alone, joined=True, interpret=True))
+    graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, interpret=True))
     plain, _ = tiny_model()
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 32)), jnp.float32)
     positions = jnp.asarray([[0, 1, 2, 3], [5, 6, 7, 8]])

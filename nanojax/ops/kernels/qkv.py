@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.norm_rope import Place, backward_into, norm_rope
+from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.rope import Rope
 
 Three = tuple[Float[Array, "B T N H"], Float[Array, "B T K H"], Float[Array, "B T K H"]]
@@ -25,7 +26,8 @@ class How(NamedTuple):
     head_dim: int
     spread: Callable[[Callable, int], Callable]
     """As of ops/elementwise.py."""
-    interpret: bool
+    products: Products = PLAIN_PRODUCTS
+    interpret: bool = False
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -35,13 +37,14 @@ def qkv(x_BTD: Float[Array, "B T D"], ws: tuple[Array, ...], gains: tuple[Array,
 
 
 def _qkv_forward(x_BTD: Array, ws: tuple[Array, ...], gains: tuple[Array, Array], rope: Rope, how: How):
-    q, k, v = ((x_BTD @ w).reshape(*x_BTD.shape[:2], -1, how.head_dim) for w in ws)
+    ys, kept = how.products.forward(x_BTD, ws)
+    q, k, v = (y.reshape(*x_BTD.shape[:2], -1, how.head_dim) for y in ys)
     turn = how.spread(lambda x, gain, rope: norm_rope(x, gain, rope, how.interpret), 1)
-    return (turn(q, gains[0], rope), turn(k, gains[1], rope), v), (x_BTD, ws, gains, rope, q, k)
+    return (turn(q, gains[0], rope), turn(k, gains[1], rope), v), (kept, gains, rope, q, k)
 
 
 def _qkv_backward(how: How, kept: Any, cotangents: Three):
-    x_BTD, ws, gains, rope, q, k = kept
+    operands, gains, rope, q, k = kept
 
     def side_by_side(raw, cotangents, gains, rope):
         (q, k), (dq, dk, dv) = raw, cotangents
@@ -52,9 +55,8 @@ def _qkv_backward(how: How, kept: Any, cotangents: Three):
         return dy.reshape(*q.shape[:2], -1), parts_q, parts_k
 
     dy_BTY, *parts = how.spread(side_by_side, 2)((q, k), cotangents, gains, rope)
-    dx_BTD = dy_BTY @ jnp.concatenate(ws, axis=1).T
-    dw_DY = jnp.einsum("BTD,BTY->DY", x_BTD, dy_BTY)
-    ends = [ws[0].shape[1], ws[0].shape[1] + ws[1].shape[1]]
+    dx_BTD, dw_DY = how.products.backward(operands, dy_BTY)
+    ends = [q.shape[2] * how.head_dim, (q.shape[2] + k.shape[2]) * how.head_dim]
     dgains = tuple(jnp.sum(part, axis=0).astype(gain.dtype) for part, gain in zip(parts, gains, strict=True))
     return dx_BTD, tuple(jnp.split(dw_DY, ends, axis=1)), dgains, jax.tree.map(jnp.zeros_like, rope)
 

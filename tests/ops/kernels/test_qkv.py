@@ -11,7 +11,7 @@ from nanojax.ops.kernels.norm_rope import norm_rope_reference
 from nanojax.ops.kernels.qkv import How, qkv
 from nanojax.ops.rope import rope_table
 
-HOW = How(16, lambda f, rows: f, True)
+HOW = How(16, lambda f, rows: f, interpret=True)
 
 
 def reference(x, ws, gains, rope, how):
@@ -39,7 +39,7 @@ def test_they_and_their_gradients_are_those_of_three_products(heads, kv):
 @pytest.mark.gpu
 @pytest.mark.parametrize(("heads", "kv", "tokens"), [(6, 6, 256), (6, 2, 77)])
 def test_the_compiled_products_agree_on_a_gpu(heads, kv, tokens):
-    how = How(128, HOW.spread, False)
+    how = How(128, HOW.spread)
     got, want = (jax.jit(results, static_argnums=(0, 1, 2, 3, 4, 5))(f, heads, kv, jnp.bfloat16, how, tokens) for f in (qkv, reference))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=2e-2 * float(jnp.abs(b).max()))  # bf16

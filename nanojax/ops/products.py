@@ -1,0 +1,55 @@
+"""One input times several matrices, as a function each way: what a gradient that is written out calls instead of autodiff.
+
+B batch, T tokens, I in, O out, Y the outs of all matrices together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class Products(NamedTuple):
+    """How to multiply. What the first function keeps is what the second is given."""
+
+    forward: Callable[[Array, tuple[Array, ...]], tuple[tuple[Array, ...], Any]]
+    """(x [B, T, I], matrices [I, O] in its type) -> (x @ each, what is kept)."""
+    backward: Callable[[Any, Array], tuple[Array, Array]]
+    """(what was kept, gradients of the results side by side [B, T, Y]) -> those of x and of the matrices side by side [I, Y]."""
+
+
+def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...]):
+    """x @ w for each."""
+    return tuple(x_BTI @ w_IO for w_IO in ws), (x_BTI, ws)
+
+
+def backward(kept: tuple[Array, tuple[Array, ...]], dy_BTY: Float[Array, "B T Y"]):
+    """One product each, instead of one a matrix and their sum."""
+    x_BTI, ws = kept
+    return dy_BTY @ jnp.concatenate(ws, axis=1).T, jnp.einsum("BTI,BTY->IY", x_BTI, dy_BTY)
+
+
+PLAIN_PRODUCTS = Products(forward, backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def multiply(x_BTI: Float[Array, "B T I"], w_IO: Float[Array, "I O"], products: Products) -> Float[Array, "B T O"]:
+    """x @ w by these products."""
+    return _multiply_forward(x_BTI, w_IO, products)[0]
+
+
+def _multiply_forward(x_BTI: Array, w_IO: Array, products: Products):
+    (y_BTO,), kept = products.forward(x_BTI, (w_IO,))
+    return y_BTO, kept
+
+
+def _multiply_backward(products: Products, kept: Any, dy_BTO: Array):
+    return products.backward(kept, dy_BTO)
+
+
+multiply.defvjp(_multiply_forward, _multiply_backward)
