@@ -214,9 +214,9 @@ def test_fp8_is_refused_where_no_device_multiplies_it():
 def test_an_fp8_step_on_a_gpu_multiplies_in_8_bits():
     program = program_of(precision="fp8")
     compiled = program.compile_step().as_text() or ""
-    assert (
-        compiled.count('custom_call_target="__cublas$lt$matmul$f8"') == 14 * 2
-    )  # of a block: q, k, v, o, gates with ups, down; then of q, k, v together, of o, of gates with ups and of down two each
+    # Of a block: q, k, v, o, gates with ups, down; of q, k, v together, of o, of gates with ups and of down two backward each. XLA may
+    # merge those of q, k and v, where they are small.
+    assert (6 + 8 - 3) * 2 <= compiled.count('custom_call_target="__cublas$lt$matmul$f8"') <= (6 + 8) * 2
     losses = run(program, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
 

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-SIDE, WARPS = 128, 4  # of the square that an instance turns (scripts/bench/LOG.md)
+SIDE, WARPS = 128, 8  # of the square that an instance turns (scripts/bench/LOG.md)
 
 
 def narrowed(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Array:
