@@ -16,7 +16,7 @@ from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
+from nanojax.program import COMPILER_OPTIONS, PROFILER_OPTIONS, keep_compiled_programs, make_program, out_of_memory_told
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -235,3 +235,27 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_compiles(tmp_
 def test_a_device_without_memory_left_is_told_in_a_line(words):
     with pytest.raises(UserError, match=r"the devices are out of memory \(.*\); buy more"), out_of_memory_told("buy more"):
         raise jax.errors.JaxRuntimeError(f"{words}\nand more")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_every_compiler_flag_that_we_give_is_known_to_this_jaxlib(platform):
+    """Flags of GPUs are parsed on a CPU too."""
+    options = COMPILER_OPTIONS[platform] | PROFILER_OPTIONS[platform]
+    assert jax.jit(lambda x: x + 1, compiler_options=options or None)(1) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_flag"):
+        jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_no_such_flag": True})(1)
+
+
+@pytest.mark.gpu
+def test_the_flags_do_on_a_gpu_what_they_are_for():
+    """Products are cuBLAS's, and a profiled program has no CUDA graphs."""
+    x = jnp.ones((1024, 1024), jnp.bfloat16)
+
+    def text(options):
+        return jax.jit(lambda x: jnp.sin(jnp.sin(x @ x) @ x), compiler_options=options).lower(x).compile().as_text()
+
+    ours, profiled = text(COMPILER_OPTIONS["gpu"]), text(COMPILER_OPTIONS["gpu"] | PROFILER_OPTIONS["gpu"])
+    assert "__cublas$" in ours
+    assert "__triton_gemm" not in ours
+    assert "command_buffer" in ours
+    assert "command_buffer" not in profiled
