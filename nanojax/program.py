@@ -26,6 +26,7 @@ from nanojax.model import GPT, parameters, split
 from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
+from nanojax.ops.attention_context import key_heads
 from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
@@ -81,9 +82,12 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, which only the plain product can be."""
-        model = self.config.model
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": model.ffn == "swiglu" and product_of(self) is dot, "loss": True}
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, which only the plain product of whole
+        matrices can be; the loss takes a whole vocabulary.
+        """
+        model, whole = self.config.model, self.mesh.shape["tensor"] == 1
+        swiglu = model.ffn == "swiglu" and product_of(self) is dot and whole
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
 
     @property
@@ -206,14 +210,14 @@ def attention_told() -> Iterator[None]:
 def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
-    meshes.check_divisible(config.model, mesh)
+    meshes.check_divisible(config, mesh)
     compute, precision = formats(config, mesh.devices.flat[0].platform)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas) * replicas
     request = request_of(config, mesh, rows // replicas)
     with attention_told():
         attention, why = resolve(config.train.attn_impl, request)
-    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request, mesh.shape["tensor"])
+    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request)
     accumulation = config.batch_tokens // (config.model.seq_len * rows)
     return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
 
@@ -224,14 +228,14 @@ def require_attention(config: Config) -> None:
     The vocabulary is not known yet, nor how many rows a device takes, which may follow from it: `choose_site` asks once more.
     """
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh))
-    meshes.check_divisible(dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"]), mesh)
+    meshes.check_divisible(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"])), mesh)
     with attention_told():
         resolve(config.train.attn_impl, request_of(config, mesh, rows=1))
 
 
 def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
-    """What a device of the mesh asks of its attention, for so many rows."""
-    platform = mesh.devices.flat[0].platform
+    """What a device of the mesh asks of its attention, for so many rows: all their tokens, of its share of the heads."""
+    platform, tensor, context = mesh.devices.flat[0].platform, mesh.shape["tensor"], mesh.shape["context"]
     capabilities = [c for device in mesh.devices.flat if (c := getattr(device, "compute_capability", None))]
     return Request(
         platform=platform,
@@ -239,8 +243,8 @@ def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
         dtype=DTYPES[formats(config, platform)[0]],
         rows=rows,
         tokens=config.model.seq_len,
-        heads=config.model.n_head // mesh.shape["tensor"],
-        kv_heads=config.model.kv_heads // mesh.shape["tensor"],
+        heads=config.model.n_head // tensor // context,
+        kv_heads=key_heads(config.model.kv_heads // tensor, context) // context,
         head_dim=config.model.head_dim,
         windows=tuple(dict.fromkeys(config.model.windows)),
         documents=config.data.documents,
@@ -250,14 +254,16 @@ def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
 def attention_of(site: Site) -> AttentionFn:
     """The backend that a site chose, on all of its devices."""
     attend = make_attention(site.attention, site.request.documents)
-    return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS else attend
+    # XLA can cut its own products, but would gather all keys on every device along context.
+    return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS or site.mesh.shape["context"] > 1 else attend
 
 
 def elementwise_of(site: Site) -> elementwise.Elementwise:
     """What a site chose to do between products, on all of its devices."""
     if site.no_kernels:
         return elementwise.PLAIN
-    return elementwise.kernels(lambda f, rows: meshes.per_rows(f, site.mesh, rows), joined=product_of(site) is dot)
+    spread = functools.partial(meshes.per_device, mesh=site.mesh)
+    return elementwise.kernels(spread, joined=product_of(site) is dot, whole=site.mesh.shape["tensor"] == 1)
 
 
 def product_of(site: Site) -> Callable:
