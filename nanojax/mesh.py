@@ -29,6 +29,7 @@ RULES = (
     ("gain", None),
 )
 BATCH_AXES = dict(RULES)["batch"]
+MAX_UNSHARDED = 0.02  # as MaxText's sharding_tolerance
 Axes = Sequence[str | None]
 """Logical axes of an array, as many as are cut; those left out at the end are whole."""
 
@@ -75,6 +76,22 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"n_head={model.n_head} must be a multiple of the mesh axes tensor={tensor} times context={context}, which share the heads; "
             f"try --mesh context={nearest_divisor(heads, context)}"
+        )
+
+
+def require_sharded(shapes: Any, shardings: Any, mesh: Mesh) -> None:
+    """Raise UserError where devices hold too much beyond their share of a state, on a mesh that shards it: for whoever changes the model.
+
+    The gains of norms are whole on each, and do not count among all the rest.
+    """
+    shares = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True)
+    beyond = {jax.tree_util.keystr(path): math.prod(s.shard_shape(leaf.shape)) - leaf.size / shares for (path, leaf), s in leaves}
+    share = sum(beyond.values()) / sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    if share > MAX_UNSHARDED:
+        raise UserError(
+            f"at most {MAX_UNSHARDED:.0%} of the state may be left unsharded on fsdp={mesh.shape['fsdp']},tensor={mesh.shape['tensor']}, "
+            f"and {share:.1%} are, most of it {max(beyond, key=beyond.__getitem__)}; give its axes a mesh axis in RULES of nanojax/mesh.py"
         )
 
 

@@ -313,6 +313,7 @@ def make_program(
     by_name, one, batch = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh), meshes.batch_sharding(mesh)
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
+    meshes.require_sharded(shapes, shardings, mesh)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
     total = functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient)

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 from eight import answer, measured
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from nanojax.checks import MESH_AXES
+from nanojax.cli import load_preset
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import UserError
 from nanojax.mesh import (
@@ -24,7 +26,12 @@ from nanojax.mesh import (
     parameter_shardings,
     per_shard,
     place,
+    replicated,
+    require_sharded,
 )
+from nanojax.model import GPT, split
+from nanojax.ops.attention import reference_attention
+from nanojax.sizes import resolve
 
 STEPS = 20
 SIZES = dict(depth=2, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512)
@@ -116,8 +123,6 @@ def collectives(hlo: str, mesh) -> dict[str, list[str]]:
 def per_shard_attention() -> dict:
     """Attention called on each device with its own rows and heads: how far from the whole, and what a device sees of it."""
     from jax.sharding import NamedSharding
-
-    from nanojax.ops.attention import reference_attention
 
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rng, seen = np.random.default_rng(0), set()
@@ -316,6 +321,32 @@ def test_the_moments_of_a_parameter_are_found_by_its_name():
     assert found["mu"]["w"].spec == P("fsdp", "tensor")
     assert found["mu"]["gain"].spec == P(None)
     assert found["count"].spec == P()
+
+
+@pytest.mark.parametrize("preset", ["d12", "d20", "d32", "nanochat_d20"])
+def test_no_more_than_a_fiftieth_of_a_preset_is_left_unsharded(preset):
+    config = resolve(load_preset(f"configs/{preset}.py"), 2**15)
+    with nnx.use_eager_sharding(False):
+        _, shapes, axes = split(lambda: GPT(config.model, attention=reference_attention, key=jax.random.key(0)))
+    assert sum(leaf.size for leaf in shapes.values()) > 1e8
+    for sizes in ((1, 8, 1, 1), (8, 8, 1, 1), (2, 2, 1, 2), (8, 1, 1, 2), (8, 64, 1, 1)):
+        mesh = jax.sharding.AbstractMesh(sizes, MESH_AXES)
+        require_sharded(shapes, parameter_shardings(axes, mesh), mesh)
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 2:
+            for name in ("head.w", "embedding"):
+                with pytest.raises(
+                    UserError, match=rf"of the state .*, and \d+\.\d% are, most of it \['{name}'\]; give its axes"
+                ):
+                    require_sharded(shapes, parameter_shardings(axes | {name: ("gain", "gain")}, mesh), mesh)
+
+
+def test_moments_that_lie_whole_on_each_device_are_refused():
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), MESH_AXES)
+    by_name = parameter_shardings({"w": ("embed", "ffn")}, mesh)
+    shapes = {"w": jax.ShapeDtypeStruct((64, 64), np.float32)}
+    require_sharded((shapes, shapes), (by_name, by_name), mesh)
+    with pytest.raises(UserError, match=r"fsdp=8,tensor=1, and 43.8% are, most of it \[1\]\['w'\]"):  # half of it, less an eighth
+        require_sharded((shapes, shapes), (by_name, {"w": replicated(mesh)}), mesh)
 
 
 def test_placing_without_a_mesh_changes_nothing():
