@@ -334,9 +334,7 @@ def test_no_more_than_a_fiftieth_of_a_preset_is_left_unsharded(preset):
         require_sharded(shapes, parameter_shardings(axes, mesh), mesh)
         if mesh.shape["fsdp"] * mesh.shape["tensor"] > 2:
             for name in ("head.w", "embedding"):
-                with pytest.raises(
-                    UserError, match=rf"of the state .*, and \d+\.\d% are, most of it \['{name}'\]; give its axes"
-                ):
+                with pytest.raises(UserError, match=rf"of the state .*, and \d+\.\d% are, most of it \['{name}'\]; give its axes"):
                     require_sharded(shapes, parameter_shardings(axes | {name: ("gain", "gain")}, mesh), mesh)
 
 
