@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from eight import answer, measured
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from nanojax.checks import parse_mesh
 from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
-from nanojax.mesh import batch_sharding, make_mesh, per_device
+from nanojax.mesh import batch_sharding, make_mesh, per_device, per_shard, spec
+from nanojax.ops.attention import make_attention
+from nanojax.ops.attention_check import RESULTS, draw, reference, with_gradients, worst_of
+from nanojax.ops.attention_request import Request
 from nanojax.sizes import resolve
 
 B, T, V = 8, 32, 128
@@ -110,6 +116,45 @@ def test_loss_logits_and_gradients_are_those_of_one_device(found):
 @pytest.mark.parametrize("case", SLOW)
 def test_they_are_in_other_ways_too(found, case):
     check(found("slow"), case)
+
+
+TE = pytest.mark.te
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(
+    ("name", "kv_heads", "window", "documents"),
+    [
+        ("cudnn", 4, None, None),
+        ("cudnn", 1, 100, None),
+        pytest.param("te", 4, None, None, marks=TE),
+        pytest.param("te", 1, 100, None, marks=TE),
+        pytest.param("te", 2, None, 5, marks=TE),
+        pytest.param("te", 1, 200, 5, marks=TE),
+    ],
+)
+def test_fused_attention_over_two_gpus_agrees_with_the_reference(name, kv_heads, window, documents):
+    fused_over_two(
+        Request(platform="gpu", dtype=jnp.bfloat16, rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128), name, window, documents
+    )
+
+
+def fused_over_two(request: Request, name: str, window: int | None) -> None:
+    """Forward and backward, under rematerialisation, on the first two devices."""
+    mesh = make_mesh({"context": 2}, jax.devices()[:2])
+    inputs = draw(request)
+    exact = [x if x is None or x.dtype == jnp.int32 else x.astype(jnp.float32) for x in inputs]
+    want = reference(window, *exact)
+    cut = [None if x is None else jax.device_put(x, NamedSharding(mesh, spec(("batch", "tokens")))) for x in inputs]
+
+    def attention(*qkv, **sight):
+        return jax.checkpoint(functools.partial(per_shard(make_attention(name, request.documents), mesh), **sight))(*qkv)
+
+    with jax.set_mesh(mesh):
+        got = jax.jit(with_gradients(attention, window))(*cut)
+    for result, a, b in zip(RESULTS, got, want, strict=True):
+        worst = worst_of(np.asarray(a, np.float64), np.asarray(b, np.float64), str(a.dtype))
+        assert worst.share <= 1, (result, worst)
 
 
 def test_context_is_an_axis_like_the_others():
