@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 
@@ -113,6 +112,7 @@ def test_loss_logits_and_gradients_are_those_of_one_device(found):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the first waits for all
 @pytest.mark.parametrize("case", SLOW)
 def test_they_are_in_other_ways_too(found, case):
     check(found("slow"), case)
@@ -134,9 +134,8 @@ TE = pytest.mark.te
     ],
 )
 def test_fused_attention_over_two_gpus_agrees_with_the_reference(name, kv_heads, window, documents):
-    fused_over_two(
-        Request(platform="gpu", dtype=jnp.bfloat16, rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128), name, window, documents
-    )
+    shape = dict(rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128)
+    fused_over_two(Request(platform="gpu", dtype=jnp.bfloat16, documents=documents, **shape), name, window)
 
 
 def fused_over_two(request: Request, name: str, window: int | None) -> None:
