@@ -266,7 +266,7 @@ class TrainConfig:
     kernels: Kernels = "auto"
     """auto: elementwise work between products by kernels of our own where they can serve. plain: by XLA alone."""
     mesh: str = ""
-    """Devices on each axis, 'data=2,fsdp=2,tensor=2'; an axis left out is 1. Empty: all devices on data."""
+    """Devices on each axis, 'data=2,fsdp=2'; context cuts rows, tensor matrices. An axis left out is 1. Empty: all devices on data."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     loss_blocks: int = 8

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nanojax.checks import MESH_AXES, nearest_divisor
-from nanojax.config import ModelConfig
+from nanojax.checks import MESH_AXES, nearest_divisor, nearest_multiple
+from nanojax.config import Config
 from nanojax.errors import UserError
 from nanojax.ops.attention import AttentionFn
+from nanojax.ops.attention_context import over_context
 
 # Logical axis -> mesh axis. A parameter's axes are named where it is made, in model.py.
 RULES = (
     ("batch", ("data", "fsdp")),
+    ("tokens", "context"),
+    ("rows", ("data", "fsdp", "context")),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
@@ -27,6 +29,9 @@ RULES = (
     ("gain", None),
 )
 BATCH_AXES = dict(RULES)["batch"]
+MAX_UNSHARDED = 0.02  # as MaxText's sharding_tolerance
+Axes = Sequence[str | None]
+"""Logical axes of an array, as many as are cut; those left out at the end are whole."""
 
 
 def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None) -> Mesh:
@@ -37,8 +42,6 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     devices = jax.devices() if devices is None else devices
     sizes = dict(sizes) or {"data": len(devices)}
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
-    if sizes.get("context", 1) != 1:
-        raise UserError(f"the mesh axis context must be 1 for now, given {sizes['context']}; put those devices on data or fsdp")
     if math.prod(shape) != len(devices):
         given = ",".join(f"{k}={v}" for k, v in sizes.items())
         raise UserError(
@@ -48,8 +51,9 @@ def make_mesh(sizes: Mapping[str, int], devices: list[jax.Device] | None = None)
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
-    """Raise UserError where a parameter's axis cannot be cut evenly over its mesh axis."""
+def check_divisible(config: Config, mesh: Mesh) -> None:
+    """Raise UserError where an axis of a parameter or of the activations cannot be cut evenly over its mesh axis."""
+    model, blocks = config.model, config.train.loss_blocks
     for name, size, axis in (
         ("d_model", model.width, "fsdp"),
         ("n_head", model.n_head, "tensor"),
@@ -62,11 +66,44 @@ def check_divisible(model: ModelConfig, mesh: Mesh) -> None:
                 f"{name}={size} must be a multiple of the mesh axis {axis}={mesh.shape[axis]}; "
                 f"try --mesh {axis}={nearest_divisor(size, mesh.shape[axis])}"
             )
+    tensor, context = mesh.shape["tensor"], mesh.shape["context"]
+    if model.seq_len // blocks % context:
+        raise UserError(
+            f"seq_len={model.seq_len} must be a multiple of loss_blocks={blocks} times the mesh axis context={context}; "
+            f"try --seq-len {nearest_multiple(model.seq_len, blocks * context)}"
+        )
+    if (heads := model.n_head // tensor) % context:
+        raise UserError(
+            f"n_head={model.n_head} must be a multiple of the mesh axes tensor={tensor} times context={context}, which share the heads; "
+            f"try --mesh context={nearest_divisor(heads, context)}"
+        )
+
+
+def require_sharded(shapes: Any, shardings: Any, mesh: Mesh) -> None:
+    """Raise UserError where devices hold too much beyond their share of a state, on a mesh that shards it: for whoever changes the model.
+
+    The gains of norms are whole on each, and do not count among all the rest.
+    """
+    shares = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    leaves = zip(jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True)
+    beyond = {jax.tree_util.keystr(path): math.prod(s.shard_shape(leaf.shape)) - leaf.size / shares for (path, leaf), s in leaves}
+    share = sum(beyond.values()) / sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    if share > MAX_UNSHARDED:
+        raise UserError(
+            f"at most {MAX_UNSHARDED:.0%} of the state may be left unsharded on fsdp={mesh.shape['fsdp']},tensor={mesh.shape['tensor']}, "
+            f"and {share:.1%} are, most of it {max(beyond, key=beyond.__getitem__)}; give its axes a mesh axis in RULES of nanojax/mesh.py"
+        )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of a batch [accumulation, rows, tokens]: rows over data and fsdp."""
-    return NamedSharding(mesh, P(None, BATCH_AXES))
+    """Of a batch [accumulation, rows, tokens]: rows over data and fsdp, their tokens over context."""
+    return NamedSharding(mesh, spec((None, "batch", "tokens")))
+
+
+def spec(axes: Axes) -> P:
+    """Mesh axes of logical axes, by RULES."""
+    table = dict(RULES)
+    return P(*(table[axis] if axis else None for axis in axes))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -78,59 +115,40 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pin an activation's logical axes to the mesh that is set (`jax.set_mesh`); without one, x as it is."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    table = dict(RULES)
-    return jax.lax.with_sharding_constraint(x, P(*(table[axis] if axis else None for axis in axes)))
+    return jax.lax.with_sharding_constraint(x, spec(axes))
 
 
 def per_shard(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
     """The same attention, called on every device with its own rows and heads, so that no partitioner must understand its kernel."""
     if mesh.size == 1:
         return attention
-    table = dict(RULES)
+    inner = attention if mesh.shape["context"] == 1 else over_context(attention, mesh.shape["context"])
 
     def attend(q_BTNH, k_BTKH, v_BTKH, *, window=None, segments_BT=None):
         def local(q_BTNH, k_BTKH, v_BTKH, *segments):
-            return attention(q_BTNH, k_BTKH, v_BTKH, window=window, segments_BT=segments[0] if segments else None)
+            return inner(q_BTNH, k_BTKH, v_BTKH, window=window, segments_BT=segments[0] if segments else None)
 
         segments = () if segments_BT is None else (segments_BT,)
-        q, kv = (P(table["batch"], None, table[heads], None) for heads in ("heads", "kv_heads"))
-        specs = (q, kv, kv, *(P(table["batch"], None) for _ in segments))
-        # Unchecked, because a kernel's own primitives do not say over which axes their results vary.
-        return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=q, check_vma=False)(q_BTNH, k_BTKH, v_BTKH, *segments)
+        q, kv = (("batch", "tokens", heads) for heads in ("heads", "kv_heads"))
+        ins = (q, kv, kv, *(("batch", "tokens") for _ in segments))
+        return per_device(local, ins, q, mesh)(q_BTNH, k_BTKH, v_BTKH, *segments)
 
     return attend
 
 
-def per_rows(f: Callable, mesh: Mesh, rows: int) -> Callable:
-    """`f` on every device with its own rows: of the first `rows` arguments and all results. Other arguments are whole everywhere."""
+def per_device(f: Callable, ins: Sequence[Axes], outs: Any, mesh: Mesh) -> Callable:
+    """`f` on every device with its own part of each argument and result, whose logical axes are given (ops/kernels/spread.py)."""
     if mesh.size == 1:
         return f
-
-    def call(*arguments: Any) -> Any:
-        specs = tuple(P(BATCH_AXES) if i < rows else P() for i in range(len(arguments)))
-        # Unchecked, as above. The gradients of what is whole are summed over devices.
-        return jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P(BATCH_AXES), check_vma=False)(*arguments)
-
-    return call
-
-
-def both_ways_per_rows(f: Callable, mesh: Mesh) -> Callable:
-    """f(x [N, I], scale, dtype) -> (like x, turned [I, N]) on every device with its own rows."""
-    if mesh.size == 1:
-        return f
-
-    def call(x_NI: jax.Array, scale: jax.Array, dtype: Any) -> Any:
-        own = functools.partial(f, dtype=dtype)
-        specs = (P(BATCH_AXES), P(None, BATCH_AXES))
-        return jax.shard_map(own, mesh=mesh, in_specs=(specs[0], P()), out_specs=specs, check_vma=False)(x_NI, scale)
-
-    return call
+    out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
+    # Unchecked, because a kernel's own primitives do not say over which axes their results vary. The gradients of what is whole are
+    # summed over devices.
+    return jax.shard_map(f, mesh=mesh, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)
 
 
 def parameter_shardings(axes: Mapping[str, tuple[str, ...]], mesh: Mesh) -> dict[str, NamedSharding]:
     """Name of parameter -> sharding, from its logical axes and RULES."""
-    table = dict(RULES)
-    return {name: NamedSharding(mesh, P(*(table[axis] for axis in names))) for name, names in axes.items()}
+    return {name: NamedSharding(mesh, spec(names)) for name, names in axes.items()}
 
 
 def moment_shardings(abstract_moments: Any, shardings: Mapping[str, NamedSharding], mesh: Mesh) -> Any:

@@ -190,7 +190,7 @@ class GPT(nnx.Module):
             # From the fp32 table, so that its gradient, a scatter-add with many collisions, is summed in fp32. Rows are gathered whole:
             # a width that stayed sharded would collide with the batch on the same mesh axis.
             table_VD = place(self.embedding[...], "vocab", None)
-            return place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", None, None)
+            return place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", "tokens", None)
 
     def from_embeddings(self, x_BTD: Float[Array, "B T D"], segments_BT: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """`hidden` of rows that are embedded already."""

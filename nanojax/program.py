@@ -26,11 +26,13 @@ from nanojax.model import GPT, parameters, split
 from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
+from nanojax.ops.attention_context import key_heads
 from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+from nanojax.ops.kernels.spread import Spread
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.xent import total_nats
 from nanojax.optim import optimizer, schedule
@@ -83,9 +85,12 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups."""
-        model = self.config.model
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": model.ffn == "swiglu" and products_of(self) is not None, "loss": True}
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, of whole matrices; the loss takes a whole
+        vocabulary.
+        """
+        model, whole = self.config.model, self.mesh.shape["tensor"] == 1
+        swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
 
     @property
@@ -208,14 +213,14 @@ def attention_told() -> Iterator[None]:
 def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     """Mesh, attention, formats and microbatch of a resolved config. Raises UserError where they do not fit the devices."""
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh), devices)
-    meshes.check_divisible(config.model, mesh)
+    meshes.check_divisible(config, mesh)
     compute, precision = formats(config, mesh.devices.flat[0].platform)
     replicas = mesh.shape["data"] * mesh.shape["fsdp"]
     rows = micro_batch(config, replicas) * replicas
     request = request_of(config, mesh, rows // replicas)
     with attention_told():
         attention, why = resolve(config.train.attn_impl, request)
-    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request, mesh.shape["tensor"])
+    refused = "asked for" if config.train.kernels == "plain" else elementwise.refusal(request)
     accumulation = config.batch_tokens // (config.model.seq_len * rows)
     return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
 
@@ -226,14 +231,14 @@ def require_attention(config: Config) -> None:
     The vocabulary is not known yet, nor how many rows a device takes, which may follow from it: `choose_site` asks once more.
     """
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh))
-    meshes.check_divisible(dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"]), mesh)
+    meshes.check_divisible(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"])), mesh)
     with attention_told():
         resolve(config.train.attn_impl, request_of(config, mesh, rows=1))
 
 
 def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
-    """What a device of the mesh asks of its attention, for so many rows."""
-    platform = mesh.devices.flat[0].platform
+    """What a device of the mesh asks of its attention, for so many rows: all their tokens, of its share of the heads."""
+    platform, tensor, context = mesh.devices.flat[0].platform, mesh.shape["tensor"], mesh.shape["context"]
     capabilities = [c for device in mesh.devices.flat if (c := getattr(device, "compute_capability", None))]
     return Request(
         platform=platform,
@@ -241,8 +246,8 @@ def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
         dtype=DTYPES[formats(config, platform)[0]],
         rows=rows,
         tokens=config.model.seq_len,
-        heads=config.model.n_head // mesh.shape["tensor"],
-        kv_heads=config.model.kv_heads // mesh.shape["tensor"],
+        heads=config.model.n_head // tensor // context,
+        kv_heads=key_heads(config.model.kv_heads // tensor, context) // context,
         head_dim=config.model.head_dim,
         windows=tuple(dict.fromkeys(config.model.windows)),
         documents=config.data.documents,
@@ -252,14 +257,20 @@ def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
 def attention_of(site: Site) -> AttentionFn:
     """The backend that a site chose, on all of its devices."""
     attend = make_attention(site.attention, site.request.documents)
-    return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS else attend
+    # XLA can cut its own products, but would gather all keys on every device along context.
+    return meshes.per_shard(attend, site.mesh) if site.attention in KERNELS or site.mesh.shape["context"] > 1 else attend
 
 
 def elementwise_of(site: Site) -> elementwise.Elementwise:
     """What a site chose to do between products, on all of its devices."""
     if site.no_kernels:
         return elementwise.PLAIN
-    return elementwise.kernels(lambda f, rows: meshes.per_rows(f, site.mesh, rows), products_of(site))
+    return elementwise.kernels(spread_of(site), products_of(site), whole=site.mesh.shape["tensor"] == 1)
+
+
+def spread_of(site: Site) -> Spread:
+    """How kernels are called on the devices of a site."""
+    return functools.partial(meshes.per_device, mesh=site.mesh)
 
 
 def product_of(site: Site) -> Callable:
@@ -277,8 +288,10 @@ def products_of(site: Site) -> Products | None:
 
 
 def rounded_of(site: Site) -> Round:
-    """How activations are rounded to 8 bits, on all devices of a site."""
-    return both_ways_reference if site.no_kernels else meshes.both_ways_per_rows(both_ways, site.mesh)
+    """How activations are rounded to 8 bits, on all devices of a site: by a kernel where they have whole columns."""
+    if site.no_kernels or site.mesh.shape["tensor"] > 1:
+        return both_ways_reference
+    return functools.partial(both_ways, spread=spread_of(site))
 
 
 def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT:
@@ -323,6 +336,7 @@ def make_program(
     by_name, one, batch = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh), meshes.batch_sharding(mesh)
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
     shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
+    meshes.require_sharded(shapes, shardings, mesh)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
     total = functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient)

@@ -63,7 +63,9 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.sizes import resolve
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
-    if command.config.train.attn_impl != "auto":  # which a device may lack: said before minutes of tokenising, not after
+    if (
+        command.config.train.attn_impl != "auto" or command.config.train.mesh
+    ):  # which devices may lack: said before minutes of tokenising, not after
         from nanojax.program import require_attention
 
         require_attention(command.config)

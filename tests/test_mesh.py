@@ -1,23 +1,19 @@
-"""Sharding: eight virtual CPU devices compute what one computes, and each holds its share.
-
-The eight devices live in a process of their own, which is this file run as a script: their number is fixed when jax starts.
-"""
+"""Sharding: eight virtual CPU devices compute what one computes, and each holds its share."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from eight import answer, measured
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from nanojax.checks import MESH_AXES
+from nanojax.cli import load_preset
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import UserError
 from nanojax.mesh import (
@@ -28,10 +24,14 @@ from nanojax.mesh import (
     make_mesh,
     moment_shardings,
     parameter_shardings,
-    per_rows,
     per_shard,
     place,
+    replicated,
+    require_sharded,
 )
+from nanojax.model import GPT, split
+from nanojax.ops.attention import reference_attention
+from nanojax.sizes import resolve
 
 STEPS = 20
 SIZES = dict(depth=2, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512)
@@ -124,8 +124,6 @@ def per_shard_attention() -> dict:
     """Attention called on each device with its own rows and heads: how far from the whole, and what a device sees of it."""
     from jax.sharding import NamedSharding
 
-    from nanojax.ops.attention import reference_attention
-
     mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
     rng, seen = np.random.default_rng(0), set()
     q, k, v, cotangent = (rng.standard_normal((8, 12, heads, 16)).astype(np.float32) for heads in (4, 2, 2, 4))
@@ -151,36 +149,6 @@ def per_shard_attention() -> dict:
         text = step.lower(*placed).compile().as_text()
     off = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(got, want, strict=True)]
     return {"off": off, "seen": sorted(seen), "collectives": collectives(text, mesh), "specs": [str(x.sharding.spec) for x in got]}
-
-
-def per_rows_kernels() -> dict:
-    """Elementwise work by kernels, called on each device with its own rows: how far from the whole, gradients of what is shared too."""
-    from flax import nnx
-
-    from nanojax.model import Linear
-    from nanojax.ops.dot import dot
-    from nanojax.ops.elementwise import PLAIN, kernels
-    from nanojax.ops.products import PLAIN_PRODUCTS
-    from nanojax.ops.rope import rope_table
-
-    mesh, rng = make_mesh({"data": 2, "fsdp": 4}), np.random.default_rng(0)
-    x, logits = (rng.standard_normal(shape).astype(np.float32) for shape in ((8, 6, 16), (8, 6, 40)))
-    gain, targets, rope = 1 + rng.random(16).astype(np.float32), rng.integers(-1, 40, (8, 6)), rope_table(np.arange(6), 16, 1e4)
-    with nnx.use_eager_sharding(False):
-        ws = [Linear((16, size), ("embed", "heads"), dot=dot, name="", key=jax.random.key(size)) for size in (64, 32, 32)]
-
-    def run(between):
-        def total(x, gain):
-            kept, normed = between.add_and_norm(x, 2 * x, gain)
-            q, k, v = between.project(normed, ws, (gain, gain), rope, 16)
-            return (kept * between.gated(normed, *ws[1:]).sum(-1, keepdims=True)).sum() + (q**3).sum() + (k * v).sum()
-
-        return jax.jit(lambda: (jax.grad(total, argnums=(0, 1))(x, gain), between.nats_and_gradient(logits, targets, 15.0)))()
-
-    want = run(PLAIN)
-    with jax.set_mesh(mesh):
-        got = run(kernels(lambda f, rows: per_rows(f, mesh, rows), PLAIN_PRODUCTS, interpret=True))
-    return {"off": [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)]}
 
 
 def groups_of(line: str) -> list[list[int]]:
@@ -212,14 +180,10 @@ def numbers(text: str) -> list[int]:
     return [int(n) for n in text.split(",")]
 
 
-def measure(cache: str) -> dict:
-    """Everything that the tests below look at, as JSON."""
-    from nanojax.program import keep_compiled_programs
-
-    jax.config.update("jax_num_cpu_devices", 8)
-    keep_compiled_programs(cache)  # `lower` compiles what the steps compiled: this makes it free
+def measure() -> dict:
+    """Everything that the tests below look at."""
     runs = {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
-    return runs | {"per_shard": per_shard_attention(), "per_rows": per_rows_kernels()}
+    return runs | {"per_shard": per_shard_attention()}
 
 
 # In pytest -----------------------------------------------------------------------------------------------------------------------------
@@ -227,10 +191,7 @@ def measure(cache: str) -> dict:
 
 @pytest.fixture(scope="module")
 def runs(cache_dir):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # LLVM's: compiles in half the time
-    done = subprocess.run([sys.executable, __file__, str(cache_dir)], env=env, capture_output=True, text=True, timeout=270, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+    return measured(__file__, cache_dir)
 
 
 def test_eight_devices_lose_what_one_loses(runs):
@@ -238,11 +199,6 @@ def test_eight_devices_lose_what_one_loses(runs):
     assert len(one) == len(eight) == STEPS
     assert one[-1] < 0.8 * one[0], "nothing was learnt, so nothing was compared"
     np.testing.assert_allclose(eight, one, rtol=1e-5)  # fp32 sums in another order, carried through 20 updates
-
-
-def test_kernels_per_rows_are_those_of_the_whole(runs):
-    assert len(runs["per_rows"]["off"]) == 4
-    assert max(runs["per_rows"]["off"]) < 1e-3  # sums of 48 cubes in float32, in another order
 
 
 def test_attention_per_shard_is_attention_and_devices_say_nothing_to_each_other(runs):
@@ -310,11 +266,6 @@ def test_a_mesh_that_leaves_devices_over_is_refused():
         make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:1])
 
 
-def test_context_parallelism_is_refused_by_name():
-    with pytest.raises(UserError, match=r"context must be 1 for now, given 2"):
-        make_mesh({"context": 2}, jax.devices()[:1])
-
-
 def test_a_mesh_without_sizes_puts_all_devices_on_data():
     mesh = make_mesh({}, jax.devices()[:1])
     assert mesh.axis_names == MESH_AXES
@@ -328,26 +279,30 @@ def test_a_mesh_without_sizes_puts_all_devices_on_data():
         (dict(tensor=8), r"n_head=4 must be a multiple of the mesh axis tensor=8; try --mesh tensor=4"),
         (dict(tensor=4), r"n_kv_head=2 must be a multiple of the mesh axis tensor=4; try --mesh tensor=2"),
         (dict(tensor=3), r"n_head=4 must be a multiple of the mesh axis tensor=3; try --mesh tensor=2"),
+        (dict(context=3), r"seq_len=64 must be a multiple of loss_blocks=8 times the mesh axis context=3; try --seq-len 72"),
+        (dict(context=8), r"n_head=4 must be a multiple of the mesh axes tensor=1 times context=8, .*; try --mesh context=4"),
+        (dict(tensor=2, context=4), r"n_head=4 must be a multiple of the mesh axes tensor=2 times context=4, .*; try --mesh context=2"),
     ],
 )
-def test_a_parameter_that_cannot_be_cut_evenly_is_refused_with_a_remedy(mesh, words):
+def test_an_axis_that_cannot_be_cut_evenly_is_refused_with_a_remedy(mesh, words):
     axes = tuple(mesh.get(axis, 1) for axis in MESH_AXES)
     with pytest.raises(UserError, match=words):
-        check_divisible(ModelConfig(**SIZES), jax.sharding.AbstractMesh(axes, MESH_AXES))
+        check_divisible(Config(model=ModelConfig(**SIZES)), jax.sharding.AbstractMesh(axes, MESH_AXES))
 
 
 def test_feed_forward_and_vocabulary_must_divide_too():
     mesh = jax.sharding.AbstractMesh((1, 1, 1, 2), MESH_AXES)
-    check_divisible(ModelConfig(**SIZES), mesh)
+    check_divisible(Config(model=ModelConfig(**SIZES)), mesh)
     for name in ("d_ffn", "vocab_size"):
         with pytest.raises(UserError, match=rf"{name}=129 must be a multiple"):
-            check_divisible(ModelConfig(**(SIZES | {name: 129})), mesh)
+            check_divisible(Config(model=ModelConfig(**(SIZES | {name: 129}))), mesh)
 
 
 def test_the_table_covers_every_axis_that_the_model_names_and_no_more():
     """A name spelt wrong would be a KeyError at start; one that nothing bears is a leftover."""
-    source = (Path(__file__).parents[1] / "nanojax/model.py").read_text()
-    named = set(re.findall(r"\"(embed|vocab|heads|kv_heads|ffn|gain|batch)\"", source))
+    nanojax = Path(__file__).parents[1] / "nanojax"
+    source, kernels = (nanojax / "model.py").read_text(), (nanojax / "ops/kernels/spread.py").read_text()
+    named = set(re.findall(r"\"(embed|vocab|heads|kv_heads|ffn|gain|batch|tokens|rows)\"", source + kernels))
     for tuple_text in re.findall(r"(?:out_sharding=|Linear\(\(.*?\), )\(([^)]*)\)", source):
         named |= set(re.findall(r"\"(\w+)\"", tuple_text))
     table = dict(RULES)
@@ -366,6 +321,30 @@ def test_the_moments_of_a_parameter_are_found_by_its_name():
     assert found["mu"]["w"].spec == P("fsdp", "tensor")
     assert found["mu"]["gain"].spec == P(None)
     assert found["count"].spec == P()
+
+
+@pytest.mark.parametrize("preset", ["d12", "d20", "d32", "nanochat_d20"])
+def test_no_more_than_a_fiftieth_of_a_preset_is_left_unsharded(preset):
+    config = resolve(load_preset(f"configs/{preset}.py"), 2**15)
+    with nnx.use_eager_sharding(False):
+        _, shapes, axes = split(lambda: GPT(config.model, attention=reference_attention, key=jax.random.key(0)))
+    assert sum(leaf.size for leaf in shapes.values()) > 1e8
+    for sizes in ((1, 8, 1, 1), (8, 8, 1, 1), (2, 2, 1, 2), (8, 1, 1, 2), (8, 64, 1, 1)):
+        mesh = jax.sharding.AbstractMesh(sizes, MESH_AXES)
+        require_sharded(shapes, parameter_shardings(axes, mesh), mesh)
+        if mesh.shape["fsdp"] * mesh.shape["tensor"] > 2:
+            for name in ("head.w", "embedding"):
+                with pytest.raises(UserError, match=rf"of the state .*, and \d+\.\d% are, most of it \['{name}'\]; give its axes"):
+                    require_sharded(shapes, parameter_shardings(axes | {name: ("gain", "gain")}, mesh), mesh)
+
+
+def test_moments_that_lie_whole_on_each_device_are_refused():
+    mesh = jax.sharding.AbstractMesh((1, 8, 1, 1), MESH_AXES)
+    by_name = parameter_shardings({"w": ("embed", "ffn")}, mesh)
+    shapes = {"w": jax.ShapeDtypeStruct((64, 64), np.float32)}
+    require_sharded((shapes, shapes), (by_name, by_name), mesh)
+    with pytest.raises(UserError, match=r"fsdp=8,tensor=1, and 43.8% are, most of it \[1\]\['w'\]"):  # half of it, less an eighth
+        require_sharded((shapes, shapes), (by_name, {"w": replicated(mesh)}), mesh)
 
 
 def test_placing_without_a_mesh_changes_nothing():
@@ -390,4 +369,4 @@ def test_the_reader_of_device_groups_knows_every_notation_of_xla():
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    answer(measure)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanojax.checks import MESH_AXES
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.data.loader import Batch
 from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import COMPILER_OPTIONS, PROFILER_OPTIONS, keep_compiled_programs, make_program, out_of_memory_told
+from nanojax.program import COMPILER_OPTIONS, PROFILER_OPTIONS, keep_compiled_programs, make_program, out_of_memory_told, request_of
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -94,6 +97,8 @@ def test_the_header_names_the_kernels_that_a_model_gets():
     site = dataclasses.replace(site, precision="fp8", config=dataclasses.replace(site.config, model=other))
     assert site.facts["elementwise"] == "kernels: norms, SwiGLU, loss; else XLA"
     assert program_of().facts["elementwise"] == "XLA: kernels run on NVIDIA GPUs, and the device is a cpu"
+    cut: Any = jax.sharding.AbstractMesh((1, 1, 1, 2), MESH_AXES)
+    assert dataclasses.replace(program_of(), mesh=cut).kernels == ["norms", "rotation"]
 
 
 def test_a_step_that_lacks_the_kernel_of_its_backend_is_refused(quick):
@@ -118,6 +123,9 @@ def test_attention_is_asked_for_what_one_device_has_to_do():
         platform="cpu", dtype=jnp.float32, rows=2, tokens=16, heads=2, kv_heads=1, head_dim=16, windows=(4, None), documents=5
     )
     assert program_of().request.documents is None
+    # Over context: whole rows, a share of the heads, and of those of keys as many copies as are needed.
+    mesh: Any = SimpleNamespace(shape=dict(tensor=1, context=2), devices=np.array(jax.devices()[:1]))
+    assert request_of(config, mesh, rows=2) == dataclasses.replace(request, heads=1, kv_heads=1)
 
 
 def test_each_phase_prepares_and_trains_in_its_own_precision():

@@ -356,8 +356,10 @@ def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
     assert f" {straight.summary['val_tokens']:,} tokens" in said
 
 
-def test_attention_that_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path):
-    flags = ["--attn-impl", "te", "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="attn_impl=te: te "):
-        train_module.main([presets["modern"], *flags])
+@pytest.mark.parametrize(
+    ("flags", "words"), [("--attn-impl te", "attn_impl=te: te "), ("--mesh context=64", "context=64 makes 64, there (is|are) 1")]
+)
+def test_what_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path, flags, words):
+    with pytest.raises(UserError, match=words):
+        train_module.main([presets["modern"], *flags.split(), "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
     assert not any(tmp_path.iterdir())

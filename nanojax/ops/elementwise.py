@@ -19,6 +19,7 @@ from nanojax.ops.kernels.norm import Stream
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
 from nanojax.ops.kernels.qkv import How, Three, qkv
+from nanojax.ops.kernels.spread import HEADS, ROWS, TABLE, Spread
 from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.products import PLAIN_PRODUCTS, Products, multiply
@@ -26,8 +27,6 @@ from nanojax.ops.rope import Rope, rotate
 from nanojax.ops.xent import nats_and_gradient
 
 Gain = Float[Array, " S"] | None
-Spread = Callable[[Callable, int], Callable]
-"""(f, n) -> f on every device with its own rows: of the first n arguments and all results. Other arguments are whole everywhere."""
 
 
 def add_and_norm(x_BTD: Stream, y_BTD: Stream | None, gain_D: Gain) -> tuple[Stream, Stream]:
@@ -70,8 +69,8 @@ class Elementwise:
 PLAIN = Elementwise()
 
 
-def refusal(request: Request, tensor: int) -> str | None:
-    """Why the kernels cannot serve a model that asks this of its attention, its heads over `tensor` devices; None when they can."""
+def refusal(request: Request) -> str | None:
+    """Why the kernels cannot serve a model that asks this of its attention; None when they can."""
     if request.platform not in ("gpu", "cuda"):
         return f"kernels run on NVIDIA GPUs, and the device is a {request.platform}"
     if request.capability is not None and float(request.capability) < 8:
@@ -80,15 +79,17 @@ def refusal(request: Request, tensor: int) -> str | None:
         return f"kernels are for activations in bf16, given {jnp.dtype(request.dtype).name}"
     if request.head_dim & (request.head_dim - 1):
         return f"kernels take head sizes that are powers of two, given {request.head_dim}"
-    if tensor > 1:
-        return f"kernels take whole vocabularies, and tensor={tensor} divides it"
     return None
 
 
-def kernels(spread: Spread, products: Products | None, *, interpret: bool = False) -> Elementwise:
-    """Those of ops/kernels, on a GPU, or anywhere with `interpret`. `products` are those of matrices that are told to round, which
-    all others do not; None where matrices may not be multiplied side by side.
+def kernels(spread: Spread, products: Products | None, *, whole: bool = True, interpret: bool = False) -> Elementwise:
+    """Those of ops/kernels, on a GPU, or anywhere with `interpret`.
+
+    `products` are those of matrices that are told to round, which all others do not; None where matrices may not be multiplied side by
+    side. `whole`: a device has all heads, feed-forward and vocabulary. Where it has a part of each, matrices are multiplied one by one, and
+    the loss is XLA's.
     """
+    joined = whole and products is not None
 
     def chosen(layer: Any) -> Products:
         return PLAIN_PRODUCTS if products is None or layer.key is None else products
@@ -97,15 +98,16 @@ def kernels(spread: Spread, products: Products | None, *, interpret: bool = Fals
         return jnp.ones(size, jnp.float32) if gain is None else gain
 
     def norm(x_BTD, y_BTD, gain_D):
-        return spread(lambda x, y, gain: norm_kernel(x, y, gain, interpret), 2)(x_BTD, y_BTD, known(gain_D, x_BTD.shape[-1]))
+        return norm_kernel(x_BTD, y_BTD, known(gain_D, x_BTD.shape[-1]), interpret, spread)
 
     def turn(x_BTNH, gain_H, rope):
         if rope[0].ndim == 3:  # rows whose tokens are at places of their own: decoding
             return norm_and_rotate(x_BTNH, gain_H, rope)
-        return spread(lambda x, gain, rope: norm_rope(x, gain, rope, interpret), 1)(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
+        local = spread(lambda x, gain, rope: norm_rope(x, gain, rope, interpret), (HEADS, (), TABLE), HEADS)
+        return local(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
 
     def project_joined(x_BTD, layers, gains, rope, head_dim):
-        if products is None or rope[0].ndim == 3:
+        if not joined or rope[0].ndim == 3:
             return project(x_BTD, layers, gains, rope, head_dim, turn)
         ws = tuple(layer.w.get_value().astype(x_BTD.dtype) for layer in layers)
         with jax.named_scope("qkv"):
@@ -119,11 +121,11 @@ def kernels(spread: Spread, products: Products | None, *, interpret: bool = Fals
             )
             return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
 
-        return spread(local, 2)(logits_BTV, targets_BT)
+        return spread(local, (ROWS, ROWS), [ROWS, ROWS])(logits_BTV, targets_BT)
 
     def gate_and_up(x_BTD, gate, up):
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
         both_BTF = multiply(x_BTD, both_DF, chosen(gate))
-        return spread(lambda both: swiglu(both, interpret), 1)(both_BTF)
+        return spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF)
 
-    return Elementwise(norm, project_joined, gated if products is None else gate_and_up, nats)
+    return Elementwise(norm, project_joined, gate_and_up if joined else gated, nats if whole else nats_and_gradient)

@@ -23,7 +23,7 @@ from nanojax.ops.products import Products, multiply
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 Round = Callable[[Array, Array, DTypeLike], tuple[Array, Array]]
-"""(x [N, I], scale, type) -> x / scale rounded, and the same turned [I, N]."""
+"""(x [B, T, I], scale, type) -> x / scale rounded, and the same turned [I, N]."""
 
 
 class Scaled(NamedTuple):
@@ -65,8 +65,8 @@ def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
 def both_ways(x_BTI: Float[Array, "B T I"], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
     """x in 8 bits, and [I, N]: products of 8 bits read operands along what is summed over, not the same forward and backward."""
     scale = scale_of(x_BTI, dtype)
-    values_NI, turned_IN = rounded(x_BTI.reshape(-1, x_BTI.shape[-1]), scale, dtype)
-    return Scaled(values_NI.reshape(x_BTI.shape), scale), Scaled(turned_IN, scale)
+    values_BTI, turned_IN = rounded(x_BTI, scale, dtype)
+    return Scaled(values_BTI, scale), Scaled(turned_IN, scale)
 
 
 def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:

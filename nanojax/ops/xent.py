@@ -18,7 +18,7 @@ def token_nats(
 ) -> Float[Array, "B T"]:
     """-log softmax(cap(x w))[target] of every token, in float32, 0 where the target is IGNORED.
 
-    T must be a multiple of `blocks`, the number of pieces in which the logits are made and dropped. Differentiable, but
+    T must be a multiple of `blocks`, the number of parts in which the logits are made and dropped. Differentiable, but
     `total_nats` is the one to train with.
     """
 
@@ -103,12 +103,12 @@ def statistics(logits_BTV, targets_BT, softcap):
 
 
 def split_tokens(x: Array, blocks: int) -> Array:
-    """[B, T, ...] -> [blocks, B, T / blocks, ...]: along T, so that a batch sharded over devices stays where it is."""
+    """[B, T, ...] -> [blocks, B, T / blocks, ...]: every blocks-th token, so that what is sharded along B and T stays where it is."""
     b, t, *rest = x.shape
-    return jnp.moveaxis(x.reshape(b, blocks, t // blocks, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(b, t // blocks, blocks, *rest), 2, 0)
 
 
 def join_tokens(x: Array) -> Array:
     """Inverse of `split_tokens`."""
     n, b, t, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(b, n * t, *rest)
+    return jnp.moveaxis(x, 0, 2).reshape(b, n * t, *rest)

@@ -6,7 +6,6 @@ N tokens, D model. An instance takes a few tokens at a time, and D in powers of 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.pieces import powers_of_two
+from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
 from nanojax.ops.norm import EPS, rms_norm
 
 TOKENS, WARPS = 2, 2  # at a time, and of an instance (scripts/bench/LOG.md)
@@ -29,31 +29,36 @@ def add_and_norm_reference(x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Ar
     return x_BTD, rms_norm(x_BTD, gain_D)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def add_and_norm(x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"], interpret: bool = False) -> tuple[Array, Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def add_and_norm(
+    x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"], interpret: bool = False, spread: Spread = alone
+) -> tuple[Array, Array]:
     """(x + y, rms_norm(x + y, gain)), as a stream and what the next layer reads of it; their gradients meet in one pass. y may be None.
 
-    The gradient of the gain is summed in float32.
+    The gradient of the gain is summed in float32. Each pass is spread over devices on its own, rather than both
+    at once: those that hold the same rows, as along a tensor axis, then have nothing to add up.
     """
-    made = _call(_forward, gain_D, (x_BTD,) if y_BTD is None else (x_BTD, y_BTD), interpret)
+    xs = (x_BTD,) if y_BTD is None else (x_BTD, y_BTD)
+    made = spread(functools.partial(_call, _forward, interpret), ((), *(ROWS for _ in xs)), [ROWS for _ in xs])(gain_D, *xs)
     return (x_BTD if y_BTD is None else made[1]), made[0]
 
 
-def _add_and_norm_forward(x_BTD: Array, y_BTD: Array | None, gain_D: Array, interpret: bool):
-    made: Any = add_and_norm(x_BTD, y_BTD, gain_D, interpret)
+def _add_and_norm_forward(x_BTD: Array, y_BTD: Array | None, gain_D: Array, interpret: bool, spread: Spread):
+    made: Any = add_and_norm(x_BTD, y_BTD, gain_D, interpret, spread)
     return made, (made[0], gain_D, None if y_BTD is None else ())
 
 
-def _add_and_norm_backward(interpret: bool, kept: tuple[Array, Array, tuple | None], cotangents: tuple[Array, Array]):
+def _add_and_norm_backward(interpret: bool, spread: Spread, kept: tuple[Array, Array, tuple | None], cotangents: tuple[Array, Array]):
     sum_BTD, gain_D, added = kept
-    dx_BTD, dgain_PD = _call(_backward, gain_D, (sum_BTD, *cotangents), interpret)
+    backward = spread(functools.partial(_call, _backward, interpret), ((), ROWS, ROWS, ROWS), [ROWS, PARTS])
+    dx_BTD, dgain_PD = backward(gain_D, sum_BTD, *cotangents)
     return dx_BTD, None if added is None else dx_BTD, jnp.sum(dgain_PD, axis=0).astype(gain_D.dtype)
 
 
 add_and_norm.defvjp(_add_and_norm_forward, _add_and_norm_backward)
 
 
-def _call(kernel: Any, gain_D: Array, xs: Sequence[Array], interpret: bool) -> list[Array]:
+def _call(kernel: Any, interpret: bool, gain_D: Array, *xs: Array) -> tuple[Array, ...]:
     """Run a kernel over blocks of tokens. It makes an array like x, then the sum of two, or backward a part of the gain's gradient."""
     shape, d = xs[0].shape, xs[0].shape[-1]
     flat, backward = [x.reshape(-1, d) for x in xs], len(xs) == 3
@@ -74,7 +79,7 @@ def _call(kernel: Any, gain_D: Array, xs: Sequence[Array], interpret: bool) -> l
         name=f"norm{kernel.__name__}",
         interpret=interpret,
     )(gain_D.astype(jnp.float32), *flat)
-    return [*(y.reshape(shape) for y in made[:like_x]), *made[like_x:]]
+    return *(y.reshape(shape) for y in made[:like_x]), *made[like_x:]
 
 
 def _rows(ref, at: Any) -> list[Array]:

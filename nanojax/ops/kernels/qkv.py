@@ -6,7 +6,6 @@ B batch, T tokens, D model, N query heads, K key and value heads, H head size, Y
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.norm_rope import Place, backward_into, norm_rope
+from nanojax.ops.kernels.spread import HEADS, PARTS, ROWS, TABLE, Spread
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.rope import Rope
 
@@ -24,8 +24,7 @@ class How(NamedTuple):
     """What does not change with the data."""
 
     head_dim: int
-    spread: Callable[[Callable, int], Callable]
-    """As of ops/elementwise.py."""
+    spread: Spread
     products: Products = PLAIN_PRODUCTS
     interpret: bool = False
 
@@ -39,7 +38,7 @@ def qkv(x_BTD: Float[Array, "B T D"], ws: tuple[Array, ...], gains: tuple[Array,
 def _qkv_forward(x_BTD: Array, ws: tuple[Array, ...], gains: tuple[Array, Array], rope: Rope, how: How):
     ys, kept = how.products.forward(x_BTD, ws)
     q, k, v = (y.reshape(*x_BTD.shape[:2], -1, how.head_dim) for y in ys)
-    turn = how.spread(lambda x, gain, rope: norm_rope(x, gain, rope, how.interpret), 1)
+    turn = how.spread(lambda x, gain, rope: norm_rope(x, gain, rope, how.interpret), (HEADS, (), TABLE), HEADS)
     return (turn(q, gains[0], rope), turn(k, gains[1], rope), v), (kept, gains, rope, q, k)
 
 
@@ -54,7 +53,8 @@ def _qkv_backward(how: How, kept: Any, cotangents: Three):
         dy = dy.at[:, (n + kv) * how.head_dim :].set(dv.reshape(len(dy), -1))
         return dy.reshape(*q.shape[:2], -1), parts_q, parts_k
 
-    dy_BTY, *parts = how.spread(side_by_side, 2)((q, k), cotangents, gains, rope)
+    spread = how.spread(side_by_side, (HEADS, HEADS, (), TABLE), [ROWS, PARTS, PARTS])
+    dy_BTY, *parts = spread((q, k), cotangents, gains, rope)
     dx_BTD, dw_DY = how.products.backward(operands, dy_BTY)
     ends = [q.shape[2] * how.head_dim, (q.shape[2] + k.shape[2]) * how.head_dim]
     dgains = tuple(jnp.sum(part, axis=0).astype(gain.dtype) for part, gain in zip(parts, gains, strict=True))

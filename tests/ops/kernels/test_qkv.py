@@ -9,9 +9,10 @@ import pytest
 
 from nanojax.ops.kernels.norm_rope import norm_rope_reference
 from nanojax.ops.kernels.qkv import How, qkv
+from nanojax.ops.kernels.spread import alone
 from nanojax.ops.rope import rope_table
 
-HOW = How(16, lambda f, rows: f, interpret=True)
+HOW = How(16, alone, interpret=True)
 
 
 def reference(x, ws, gains, rope, how):
