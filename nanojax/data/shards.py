@@ -26,6 +26,7 @@ import numpy as np
 from nanojax.config import DataConfig
 from nanojax.data import corpus
 from nanojax.errors import StorageError, UserError
+from nanojax.files import FULL, free_bytes, mb
 from nanojax.tokenizer import SPLIT_PATTERN, Tokenizer
 
 FORMAT = 1  # part of every key: raise it when the same corpus would be split, tokenised or laid out differently
@@ -362,8 +363,9 @@ def storing(cache: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error  # a StorageError from below names another remedy
+        space = f" ({mb(free_bytes(cache))} free)" if error.errno in FULL else ""
         raise StorageError(
-            f"cannot write to the cache {cache}: {reason}; free space there, or choose a folder with --data.cache "
+            f"cannot write to the cache {cache}: {reason}{space}; free space there, or choose a folder with --data.cache "
             "(of eval, sample and export: --cache)"
         ) from error
 

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from nanojax.errors import UserError
 from nanojax.export import layout
-from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export, printable
+from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export
 from nanojax.export.layout import Parameter, Tensor
+from nanojax.files import printable
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
 from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.precision import Rounding, siblings
