@@ -183,6 +183,8 @@ class Checkpoints:
                     f"checkpoint {place} is of another model: its files hold {mb(held)}, and this one has {mb(wanted)}; "
                     f"give this model's --out"
                 )
+            with self._reading(place):
+                require_small_chunks(place)
             self._seen[step, part] = found
             return step, found
         if self._damage:
@@ -203,13 +205,17 @@ class Checkpoints:
     def _from_orbax(self, place: Path, target: dict[str, Any]) -> dict[str, Any]:
         if not target:
             return {}
+        with self._reading(place):
+            return ocp.load_checkpointables(str(place.absolute()), target)
+
+    @contextmanager
+    def _reading(self, place: Path) -> Iterator[None]:
+        """Around orbax: what it raises where a checkpoint is none of this model, in a line."""
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what orbax's abandoned threads say of a failed load
         with storage(self.folder):
             try:
-                require_small_chunks(place)
-                loaded = ocp.load_checkpointables(str(place.absolute()), target)
+                yield
                 sys.unraisablehook = hook  # after a failure they go on talking until the process ends
-                return loaded
             except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RecursionError) as error:
                 if isinstance(error, ValueError) and os_error(error) is not None:
                     raise  # the disk's

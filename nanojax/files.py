@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 from nanojax.errors import UserError
 
@@ -35,6 +37,18 @@ def read_regular(path: Path, most: int) -> bytes:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise UserError(f"{path} has {size:,} bytes, and at most {most:,} are read; put the right file there")
         return file.read(most)
+
+
+def parse_json(content: bytes) -> Any:
+    """Raises ValueError also where an object has a name twice: two readers would take it for two different things."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        made = dict(pairs)
+        if len(made) != len(pairs):
+            raise ValueError("it has a name twice")
+        return made
+
+    return json.loads(content, object_pairs_hook=once)
 
 
 def require_regular(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import StorageError, UserError
-from nanojax.files import FAILING, printable, read_regular, require_plain_folder, require_regular
+from nanojax.files import FAILING, parse_json, printable, read_regular, require_plain_folder, require_regular
 from nanojax.lock import Lock
 from nanojax.manifest import complete_steps
 from nanojax.sizes import resolve
@@ -134,7 +134,7 @@ class RunFolder:
         source = self.path / "config.json"
         self.require_plain()
         try:
-            record = json.loads(read_regular(source, LARGEST_CONFIG))
+            record = parse_json(read_regular(source, LARGEST_CONFIG))
             if isinstance(record, dict) and "nanojax" in record:
                 raise UserError("it is that of an export: give the run that it was made from")
             config = Config.from_dict(record["config"])

@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 
 from nanojax.errors import StorageError, UserError
-from nanojax.files import FULL, free_bytes, mb, read_regular
+from nanojax.files import FULL, free_bytes, mb, parse_json, read_regular
 
 # nanochat's: GPT-4's pattern with at most two digits a token, which it found better for vocabularies of 32,768.
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -99,7 +99,7 @@ class Tokenizer:
         path = Path(os.path.expanduser(path))
         try:
             # Where a link leads, if it is one: what is named on a command line may lie anywhere, but it is no pipe.
-            saved = json.loads(read_regular(path.resolve(), LARGEST))
+            saved = parse_json(read_regular(path.resolve(), LARGEST))
         except UserError as error:
             raise UserError(f"tokenizer {error}") from None
         except FileNotFoundError:

@@ -192,14 +192,19 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
 
 
 def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, interrupts: Interrupts) -> Checkpoints:
-    """Those of the run; where it goes on from one, that is found before anything is compiled."""
-    from nanojax.checkpoint import Checkpoints
-    from nanojax.sizes import state_bytes
+    """Those of the run. What it goes on from, or begins with, is found to be whole before anything is compiled."""
+    from nanojax.checkpoint import PARAMS, Checkpoints
+    from nanojax.runs import RunFolder
+    from nanojax.sizes import count_parameters, state_bytes
 
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
-    if command.resume:
-        with interrupts.waiting():
+    with interrupts.waiting():
+        if command.resume:
             checkpoints.verify(state_bytes(config.model))
+        elif config.train.init_from is not None:
+            source = Checkpoints(RunFolder(Path(config.train.init_from)).checkpoints)
+            source.verify(4 * count_parameters(config.model).total, PARAMS)
+            source.close()
     return checkpoints
 
 

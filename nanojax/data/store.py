@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import numpy as np
 
 from nanojax.data import corpus
 from nanojax.errors import UserError
-from nanojax.files import open_regular, read_regular
+from nanojax.files import open_regular, parse_json, read_regular
 
 LARGEST_INDEX = 2**24  # bytes; that of a hundred thousand shards
 
@@ -117,7 +116,7 @@ class TokenStore:
 def read_index(folder: Path) -> dict[str, Any]:
     """index.json of a folder of shards. Raises UserError when it is missing or not an object."""
     try:
-        index = json.loads(read_regular(folder / "index.json", LARGEST_INDEX))
+        index = parse_json(read_regular(folder / "index.json", LARGEST_INDEX))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}/index.json cannot be read ({type(error).__name__}); {again(folder)}") from None
     if not isinstance(index, dict):

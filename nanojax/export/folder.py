@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import stat
 import tempfile
@@ -16,7 +15,7 @@ from nanojax.checks import LARGEST
 from nanojax.config import Config, DataConfig
 from nanojax.errors import UserError
 from nanojax.export.layout import quantized_config
-from nanojax.files import printable
+from nanojax.files import parse_json, printable
 from nanojax.formats import FORMATS
 from nanojax.tokenizer import Tokenizer
 
@@ -65,7 +64,7 @@ def open_export(folder: Path) -> Export:
         require_regular(folder, name)
     source = folder / CONFIG
     try:
-        record = json.loads(source.read_bytes())
+        record = parse_json(source.read_bytes())
         config = parse(record)
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}; {REMEDY}") from error
