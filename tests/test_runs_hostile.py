@@ -102,7 +102,7 @@ FOLDERS = {
         lambda run, out: manifest_with(run, lambda r: r["files"].update({f"../../../{out.name}": [4, "0" * 64]})), "is missing"),
     "pieces of 10 TB": (lambda run, out: stored(run, ten_tb_chunks), "is of another model .*in pieces of"),
     "an array of 10 TB": (lambda run, out: stored(run, lambda r: r.update(shape=[2**21, 2**20])), "is of another model"),
-    "a model of 10 TB": (lambda run, out: config(run, "model", depth=1024, d_model=2**17), "its files hold .* and this one has|has depth=1024"),
+    "a model of 10 TB": (lambda run, out: config(run, "model", depth=1024, d_model=2**17), "its files hold|has depth=1024"),
     "a model of a million blocks": (lambda run, out: config(run, "model", depth=10**6), "must be at most 1024"),
     "a config that is a pipe": (lambda run, out: replaced(run / "config.json", os.mkfifo), r"config\.json must be a regular file"),
     "a config of 10 TB": (lambda run, out: os.truncate(run / "config.json", 10**13), r"at most [\d,]+ are read"),
