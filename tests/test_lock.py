@@ -127,3 +127,18 @@ def test_a_file_system_without_locks_is_refused_and_one_that_fails_is_a_storage_
     monkeypatch.setattr(lock.os, "fsync", full)
     with pytest.raises(StorageError, match="No space left on device; free space there"):
         Lock(tmp_path)
+
+
+def test_a_second_start_of_the_real_command_is_refused_before_jax_is_imported(tmp_path):
+    (tmp_path / "poisoned/jax").mkdir(parents=True)
+    (tmp_path / "poisoned/jax/__init__.py").write_text("raise SystemExit('jax was imported')\n")
+    (tmp_path / "run").mkdir()
+    env = os.environ | {"PYTHONPATH": f"{tmp_path / 'poisoned'}:{Path(__file__).parents[1]}"}
+    argv = [sys.executable, "-m", "nanojax", "train", "--attn-impl", "xla", "--out", str(tmp_path / "run")]
+    with Lock(tmp_path / "run"):
+        began = time.monotonic()
+        done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)
+        took = time.monotonic() - began
+    assert done.returncode == 2
+    assert f"in use by pid {os.getpid()} on host" in done.stderr
+    assert took < 2 * max(1.0, os.getloadavg()[0])  # the promise of reliability.md, K17, on an idle machine
