@@ -104,6 +104,12 @@ class RunFolder:
     def make(self) -> None:
         """Make the folder. Raises UserError unless it, and those in it that a run writes to, can be written."""
         try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:  # orbax would fail at the first save
+            raise UserError(
+                f"this locale cannot spell the folder {str(self.path)!a}; set PYTHONUTF8=1 or a UTF-8 locale, or give another --out"
+            ) from None
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             for each in (self.path, *filter(Path.is_dir, (self.path / name for name in FOLDERS))):
                 with tempfile.TemporaryFile(dir=each):
