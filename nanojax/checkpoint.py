@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import logging
+import math
+import os
 import re
 import shutil
 import sys
@@ -23,7 +27,8 @@ from orbax.checkpoint import v1 as ocp
 
 from nanojax import manifest
 from nanojax.digests import digests_of, in_words
-from nanojax.errors import NonFiniteError, StorageError, UserError
+from nanojax.errors import NanoJaxError, NonFiniteError, StorageError, UserError
+from nanojax.files import FULL, free_bytes, mb, require_plain_folder
 from nanojax.manifest import Manifest, complete_steps
 from nanojax.step import TrainState
 
@@ -32,6 +37,10 @@ from nanojax.step import TrainState
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 warnings.filterwarnings("ignore", message="coroutine .* was never awaited", category=RuntimeWarning)
+PARAMS = "params/"
+"""Where a checkpoint has the parameters: a part of it that is read alone."""
+DENSEST = 20  # bytes of arrays for a byte of their files, compressed: noise has 1.1, and no trained state is mostly zeros
+SLACK_BYTES = 2**26  # of arrays that may be all zeros
 
 
 class Checkpoints:
@@ -40,8 +49,12 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int | None = None):
+        require_plain_folder(folder)
         self.folder, self._keep = folder, keep
         self._bad: set[int] = set()
+        self._damage = ""
+        self._seen: dict[tuple[int, str], Manifest] = {}
+        """(step, part) whose files were found to be those that were saved."""
         self._pending: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         if keep is not None and jax.process_index() == 0:
@@ -66,13 +79,35 @@ class Checkpoints:
             return
         parts = parts_of(state)
         digests = digests_of(named(parts))  # before the next step is given these buffers
-        with storage(self.folder):
+        self.require_space(state)
+        with self._whole_or_not_at_all(bytes_of(state)):
             saving = ocp.save_checkpointables_async(str(self.folder.absolute() / str(step)), parts)
-        self._pending = self._background.submit(self._commit, saving, step, meta, digests)
+        self._pending = self._background.submit(self._commit, saving, (step, bytes_of(state)), meta, digests)
 
-    def _commit(self, saving: Any, step: int, meta: dict[str, Any], digests: dict[str, jax.Array]) -> None:
-        """In the background: the rest of a save, its manifest, and then the end of those that are too many."""
+    def require_space(self, state: TrainState) -> None:
+        """Raise StorageError where the disk has no room for a checkpoint of a state, or of its shapes; it is about as large as those."""
         with storage(self.folder):
+            if free_bytes(self.folder) < (needed := bytes_of(state)):
+                raise no_space(self.folder, needed, "found before saving")
+
+    @contextmanager
+    def _whole_or_not_at_all(self, needed: int) -> Iterator[None]:
+        """Around a save: `storage`, and what a failed one has written is removed: half a checkpoint must not fill the disk."""
+        hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what orbax's abandoned threads say of a failed save
+        try:
+            with storage(self.folder, needed):
+                yield
+            sys.unraisablehook = hook  # after a failure they go on talking until the process ends
+        except StorageError:
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):
+                    self._clear()
+            raise
+
+    def _commit(self, saving: Any, what: tuple[int, int], meta: dict[str, Any], digests: dict[str, jax.Array]) -> None:
+        """In the background: the rest of a save, its manifest, and then the end of those that are too many. `what`: step, bytes."""
+        step, needed = what
+        with self._whole_or_not_at_all(needed):
             saving.result()
             words = in_words(digests)
             if jax.process_index() == 0:
@@ -122,39 +157,73 @@ class Checkpoints:
         """Meta of the newest checkpoint."""
         return self._load({})[1].meta
 
-    def _load(self, target: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
-        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
-        damage = ""
+    def verify(self, wanted: int, part: str = "") -> int:
+        """Step of the newest checkpoint that is what was saved, as far as its files tell; newer ones are put aside, in words.
+
+        `wanted`: bytes of the arrays that are to be read from it, of all or of one `part`. Raises UserError where no checkpoint is left,
+        or where its files cannot hold so much: whoever wrote them may claim any size, and memory is taken for what is claimed.
+        """
+        return self._intact(wanted, part)[0]
+
+    def _intact(self, wanted: int, part: str) -> tuple[int, Manifest]:
         while (step := self.latest) is not None:
             place = self.folder / str(step)
+            if (step, part) in self._seen:
+                return step, self._seen[step, part]
             try:
                 with storage(self.folder):
                     found = manifest.read(place)
-                    found.check_files(place, below="" if len(target) > 1 else "params/")
-                loaded = self._from_orbax(place, target)
+                    found.check_files(place, below=part)
+            except manifest.Damaged as error:
+                self._put_aside(step, error)
+                continue
+            held = sum(size for path, (size, _) in found.files.items() if path.startswith(part))
+            if wanted > SLACK_BYTES + DENSEST * held:
+                raise UserError(
+                    f"checkpoint {place} is of another model: its files hold {mb(held)}, and this one has {mb(wanted)}; "
+                    f"give this model's --out"
+                )
+            with self._reading(place):
+                require_small_chunks(place)
+            self._seen[step, part] = found
+            return step, found
+        if self._damage:
+            raise UserError(f"{self._damage}, and there is no older one; bring back a copy, or start anew with another --out")
+        raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+
+    def _load(self, target: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
+        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
+        while True:
+            step, found = self._intact(bytes_of(target), "" if len(target) > 1 else PARAMS)
+            loaded = self._from_orbax(self.folder / str(step), target)
+            try:
                 found.check_arrays(in_words(digests_of(named(loaded))))
                 return loaded, found
             except manifest.Damaged as error:
-                damage = f"checkpoint {place} is damaged: {error}"
-                self._put_aside(step, damage)
-        if damage:
-            raise UserError(f"{damage}, and there is no older one; bring back a copy, or start anew with another --out")
-        raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
+                self._put_aside(step, error)
 
     def _from_orbax(self, place: Path, target: dict[str, Any]) -> dict[str, Any]:
         if not target:
             return {}
+        with self._reading(place):
+            return ocp.load_checkpointables(str(place.absolute()), target)
+
+    @contextmanager
+    def _reading(self, place: Path) -> Iterator[None]:
+        """Around orbax: what it raises where a checkpoint is none of this model, in a line."""
         hook, sys.unraisablehook = sys.unraisablehook, lambda _: None  # what orbax's abandoned threads say of a failed load
         with storage(self.folder):
             try:
-                loaded = ocp.load_checkpointables(str(place.absolute()), target)
+                yield
                 sys.unraisablehook = hook  # after a failure they go on talking until the process ends
-                return loaded
-            except (ValueError, KeyError, TypeError, FileNotFoundError) as error:
+            except (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError, RecursionError) as error:
+                if isinstance(error, ValueError) and os_error(error) is not None:
+                    raise  # the disk's
                 raise UserError(f"checkpoint {place} is of another model ({cause(error)}); give this model's --out") from error
 
-    def _put_aside(self, step: int, damage: str) -> None:
+    def _put_aside(self, step: int, damage: manifest.Damaged) -> None:
         """Never offer a checkpoint again. The run that writes here renames it, so that nobody else takes it for one."""
+        self._damage = f"checkpoint {self.folder / str(step)} is damaged: {damage}"
         self._bad.add(step)
         older, moved = self.latest, ""
         if self._keep is not None and jax.process_index() == 0:
@@ -166,7 +235,7 @@ class Checkpoints:
             self._bad.discard(step)
             moved = f"; moved to {place.name}"
         if older is not None:
-            print(f"nanojax: {damage}{moved}; step {older} is read instead", file=sys.stderr)
+            print(f"nanojax: {self._damage}{moved}; step {older} is read instead", file=sys.stderr)
 
     def _clear(self) -> None:
         """Remove what saves left that were interrupted: folders of orbax's, and steps that never got their manifest."""
@@ -197,22 +266,62 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def remove(step: Path) -> None:
-    """Remove a checkpoint. Its manifest goes first: what is left is none."""
+    """Remove a checkpoint. Its manifest goes first: what is left is none. Of a link, the link alone."""
+    if step.is_symlink() or not step.is_dir():
+        step.unlink(missing_ok=True)
+        return
     (step / manifest.NAME).unlink(missing_ok=True)
     shutil.rmtree(step, ignore_errors=True)
 
 
 @contextmanager
-def storage(folder: Path) -> Iterator[None]:
-    """Turn what a full or failing disk raises, here and inside orbax, into StorageError."""
+def storage(folder: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn what a full or failing disk raises, here and inside orbax, into StorageError. `needed`: bytes of what is being saved.
+
+    Nothing is tried again: what comes through is what kernel and file system gave up on, and whoever starts a run that ended with the
+    exit code of storage does so from the last checkpoint, which is whole.
+    """
     try:
         yield
-    except OSError as error:
-        raise StorageError(f"cannot use {folder}: {error.strerror or error}; free space there or choose another --out") from error
-    except ValueError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "No space left" not in str(error):
+    except (OSError, ValueError) as error:
+        if isinstance(error, NanoJaxError) or (number := os_error(error)) is None:
             raise
-        raise StorageError(f"no space left in {folder}; free some there, or give another --out") from error
+        if number in FULL:
+            raise no_space(folder, needed, os.strerror(number)) from error
+        raise StorageError(
+            f"cannot use {folder}: {os.strerror(number)}; look at that disk, then go on with --resume, or choose another --out"
+        ) from error
+
+
+def os_error(error: BaseException) -> int | None:
+    """The number of the system's error behind one of Python's or of tensorstore's, which says it in its words; None where there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search("os_error_code='([0-9]+)'", str(error)):
+        return int(found[1])
+    return errno.ENOSPC if re.search("RESOURCE_EXHAUSTED|No space left", str(error)) else None
+
+
+def no_space(folder: Path, needed: int | None, why: str) -> StorageError:
+    """What to say of a full disk: how much is needed, how much there is."""
+    what = "" if needed is None else f"a checkpoint needs about {mb(needed)}, "
+    return StorageError(
+        f"no space left in {folder} ({why}): {what}{mb(free_bytes(folder))} are free, quotas aside; free some there and go on with "
+        f"--resume, or give another --out"
+    )
+
+
+def require_small_chunks(place: Path) -> None:
+    """Raise ValueError where an array is stored in pieces larger than itself: memory is taken for a whole one, or the process ends."""
+    for array in jax.tree.leaves(ocp.checkpointables_metadata(str(place.absolute())).metadata):
+        chunk = array.storage_metadata.chunk_shape
+        if len(chunk) != len(array.shape) or any(c > max(n, 1) for c, n in zip(chunk, array.shape, strict=True)):
+            raise ValueError(f"an array of shape {array.shape} in pieces of {chunk}")
+
+
+def bytes_of(tree: Any) -> int:
+    """Of arrays, or of shapes of arrays, all together."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @jax.jit

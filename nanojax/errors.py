@@ -91,6 +91,10 @@ def culprit(error: OSError) -> str:
     if error.filename is not None:
         return f"{error.filename!s:.80}; give another path, or mend this one"
     try:
+        os.getcwd()
+    except FileNotFoundError:
+        return "the current folder, which is gone; change to one that is there"
+    try:
         print(flush=True)  # ends a line that broke off, where standard output is not what failed
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what it holds back would fail again as Python exits

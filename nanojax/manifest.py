@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 NAME = "manifest.json"
-LARGEST = 2**26  # bytes of a manifest; that of a thousand arrays in ten thousand files has 2**21
+LARGEST = 2**22  # bytes of a manifest; that of a thousand arrays in ten thousand files has 2**21
 VERSION = 1
 
 
@@ -79,6 +79,8 @@ def write(folder: Path, step: int, meta: dict[str, Any], arrays: dict[str, str])
 def read(folder: Path) -> Manifest:
     """The manifest of a checkpoint. Raises Damaged where it is none."""
     try:
+        if folder.is_symlink():
+            raise Damaged("it is a link, and no folder of its own")
         info = (folder / NAME).lstat()
         if not stat.S_ISREG(info.st_mode) or info.st_size > LARGEST:
             raise Damaged(f"{NAME} is no file of a size that a manifest has")

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import fcntl
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
-from nanojax.errors import UserError
+from nanojax.errors import StorageError, UserError
+from nanojax.files import FAILING, parse_json, printable, read_regular, require_plain_folder, require_regular
+from nanojax.lock import Lock
 from nanojax.manifest import complete_steps
 from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer, write_atomically
@@ -29,6 +32,9 @@ FREE_ON_RESUME = frozenset(
 PRECISION = frozenset(
     f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
 )
+FOLDERS = ("checkpoints", "tensorboard", "profile")
+FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png")
+LARGEST_CONFIG = 2**22  # bytes; far above any that we write
 # Fields that decide which parameters there are.
 SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_ffn", "norm", "qk_norm")
 
@@ -56,40 +62,61 @@ class RunFolder:
     def has_checkpoint(self) -> bool:
         return bool(self.steps)
 
-    def open_for_training(self, resume: bool) -> IO[str]:
-        """Make the folder and lock it, for as long as the file that is returned stays open.
+    @contextlib.contextmanager
+    def open_for_training(self, resume: bool) -> Iterator[None]:
+        """Make the folder and lock it.
 
         Refuses a folder that is not writable, that another process trains in, whose run would be overwritten, or that has none to resume.
         """
         if resume:
             self.require_resumable()
-        if not resume and self.has_checkpoint:
-            raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
         self.make()
-        lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            lock.close()
-            raise UserError(f"one run at a time trains in a folder, and another process does in {self.path}; give another --out") from error
-        return lock
+        with Lock(self.path):  # and only then look: another run may just have ended there
+            self.require_plain()
+            if resume:
+                self.require_resumable()
+            elif self.has_checkpoint:
+                raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
+            yield
 
     def require_resumable(self) -> None:
         """Refuse a folder that has no checkpoint to go on from."""
         if not self.has_checkpoint:
             raise UserError(f"--resume needs a checkpoint, and {self.path} has none; drop --resume or point --out at the run's folder")
 
+    def require_plain(self) -> None:
+        """Refuse a folder, which may come from anywhere, with links, pipes or devices where a run has files: they would be written to."""
+        for name in FOLDERS:
+            require_plain_folder(self.path / name)
+        for name in FILES:
+            require_regular(self.path / name)
+
+    def require_cache_elsewhere(self, config: Config) -> None:
+        """Refuse a cache in the run's own folder: compiled programs are run from a cache, and the folder may come from anywhere."""
+        cache, own = Path(config.data.cache).expanduser().resolve(), self.path.resolve()
+        if cache.is_relative_to(own):
+            raise UserError(f"data.cache must not lie in the run's own folder, given {cache}; give one elsewhere")
+
     def require_checkpoint(self) -> None:
         if not self.has_checkpoint:
             raise UserError(f"a run needs a checkpoint to be read, and {self.checkpoints} has none; train it first")
 
     def make(self) -> None:
-        """Make the folder. Raises UserError unless it can be written."""
+        """Make the folder. Raises UserError unless it, and those in it that a run writes to, can be written."""
+        try:
+            str(self.path.absolute()).encode()
+        except UnicodeEncodeError:  # orbax would fail at the first save
+            raise UserError(
+                f"this locale cannot spell the folder {str(self.path)!a}; set PYTHONUTF8=1 or a UTF-8 locale, or give another --out"
+            ) from None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.path):
-                pass
+            for each in (self.path, *filter(Path.is_dir, (self.path / name for name in FOLDERS))):
+                with tempfile.TemporaryFile(dir=each):
+                    pass
         except OSError as error:
+            if error.errno in FAILING:
+                raise StorageError(f"cannot write to {self.path}: {error.strerror}; free space there, or give another --out") from error
             raise UserError(
                 f"--out must be a folder that can be written, given {self.path} ({error.strerror}); try another --out"
             ) from error
@@ -111,20 +138,22 @@ class RunFolder:
     def read(self) -> tuple[Config, dict[str, str]]:
         """(resolved config, the record's hashes) of the run. Raises UserError when the folder is not a run."""
         source = self.path / "config.json"
+        self.require_plain()
         try:
-            record = json.loads(source.read_text())
+            record = parse_json(read_regular(source, LARGEST_CONFIG))
             if isinstance(record, dict) and "nanojax" in record:
                 raise UserError("it is that of an export: give the run that it was made from")
             config = Config.from_dict(record["config"])
             if None in (config.train.steps, config.train.batch_tokens):
                 raise UserError("steps and batch_tokens must be numbers")
+            self.require_cache_elsewhere(config)
             return config, {name: str(record[name]) for name in ("tokenizer_sha256", "text_sha256")}
         except FileNotFoundError:
             raise UserError(f"a run's folder holds config.json, and {self.path} does not; give the folder of a training run") from None
         except OSError as error:
             raise UserError(f"cannot read {source}: {error.strerror}; give the folder of a training run") from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{source} is not a run's config ({error}); restore it or train again") from error
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{source} is not a run's config ({printable(str(error))}); restore it or train again") from error
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer, checked against the hash in its config."""

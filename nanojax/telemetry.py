@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
+import io
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -110,15 +113,18 @@ class JsonLines:
             write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
             self.last_loss = next((record["loss"] for record in reversed(kept) if "loss" in record), math.nan)
             """Training loss of step `done`, NaN at the start."""
-            self._file = path.open("a")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._file = path.open("ab", buffering=0)  # what could not be written must not be tried again as it closes
+        except StorageError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise StorageError(f"cannot continue {path} ({error}); move it away") from error
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append and flush, so that a reader or a crash sees whole lines."""
+        """Append at once, so that a reader or a crash sees whole lines."""
+        line = json.dumps(record).encode() + b"\n"
         try:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+            if self._file.write(line) != len(line):  # the disk was full after a part of it
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; free space there and start again with --resume") from error
 
@@ -238,6 +244,8 @@ def draw_loss(metrics: Path, target: Path) -> str:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(target, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
+    write_atomically(target, picture.getvalue())
     return str(target)

@@ -16,6 +16,7 @@ import numpy as np
 import tiktoken
 
 from nanojax.errors import StorageError, UserError
+from nanojax.files import FULL, free_bytes, mb, parse_json, read_regular
 
 # nanochat's: GPT-4's pattern with at most two digits a token, which it found better for vocabularies of 32,768.
 SPLIT_PATTERN = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
@@ -32,6 +33,7 @@ SPECIAL_TOKENS = (
 )
 N_BYTES = 256
 FORMAT = "nanojax-tokenizer-1"
+LARGEST = 2**26  # bytes of a file; 200,000 tokens have at most 2**24
 MAX_ID = 2**24  # far above any vocabulary; bounds what a broken file can make us allocate
 # Both libraries panic (fancy-regex, StackOverflow) on a million spaces in a row; pieces of this many characters never do.
 PIECE_CHARS = 2**18
@@ -96,7 +98,10 @@ class Tokenizer:
         """Read what `save` wrote. Raises UserError naming the file and what is wrong with it."""
         path = Path(os.path.expanduser(path))
         try:
-            saved = json.loads(path.read_bytes())
+            # Where a link leads, if it is one: what is named on a command line may lie anywhere, but it is no pipe.
+            saved = parse_json(read_regular(path.resolve(), LARGEST))
+        except UserError as error:
+            raise UserError(f"tokenizer {error}") from None
         except FileNotFoundError:
             raise UserError(f"tokenizer {path} does not exist; make one with `nanojax tokenizer train --out {path}`") from None
         except OSError as error:
@@ -184,21 +189,24 @@ class Tokenizer:
 REMEDY = "make a new one with `nanojax tokenizer train`"
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, or leave what was there: temporary file beside it, then rename. Raises StorageError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
             os.chmod(temporary, 0o644)  # mkstemp makes files that nobody else may read
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}; free space there, or choose a folder that can be written") from error
+        space = f" ({mb(len(content))} to write, {mb(free_bytes(path.parent))} free)" if error.errno in FULL else ""
+        raise StorageError(
+            f"cannot write {path}: {error.strerror}{space}; free space there, or choose a folder that can be written"
+        ) from error
 
 
 def clean(text: str) -> str:

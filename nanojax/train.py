@@ -17,6 +17,7 @@ from nanojax.interrupts import Interrupts, Stop
 
 if TYPE_CHECKING:
     from nanojax.analysis.record import About
+    from nanojax.checkpoint import Checkpoints
     from nanojax.data.loader import Loader
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
@@ -63,14 +64,14 @@ def main(argv: Sequence[str]) -> None:
     from nanojax.sizes import resolve
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
-    if (
-        command.config.train.attn_impl != "auto" or command.config.train.mesh
-    ):  # which devices may lack: said before minutes of tokenising, not after
-        from nanojax.program import require_attention
-
-        require_attention(command.config)
+    folder.require_cache_elsewhere(command.config)
     with folder.open_for_training(command.resume), Interrupts() as interrupts:
         try:
+            # What devices may lack is said before minutes of tokenising, not after.
+            if command.config.train.attn_impl != "auto" or command.config.train.mesh:
+                from nanojax.program import require_attention
+
+                require_attention(command.config)
             with interrupts.waiting():
                 data = prepare(command.config.data, command.config.model.vocab_size, print)
             config = resolve(command.config, data.tokenizer.n_vocab)
@@ -138,7 +139,6 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     import jax
 
     from nanojax import telemetry
-    from nanojax.checkpoint import Checkpoints
     from nanojax.data.packing import load_or_make
     from nanojax.evals.bpb import validator
     from nanojax.loop import Loop, Meter
@@ -146,7 +146,9 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
+    checkpoints = open_checkpoints(config, command, folder, interrupts)
     program = make_program(config, profiled=command.profile is not None)
+    checkpoints.require_space(program.shapes)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
     with interrupts.waiting():
@@ -158,7 +160,6 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         print(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
     loader = loader_of(program, data, plan)
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
     with jax.set_mesh(program.mesh), out_of_memory_told():
         if command.resume:
             with interrupts.waiting():
@@ -189,6 +190,23 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, interrupts: Interrupts) -> Checkpoints:
+    """Those of the run. What it goes on from, or begins with, is found to be whole before anything is compiled."""
+    from nanojax.checkpoint import PARAMS, Checkpoints
+    from nanojax.runs import RunFolder
+    from nanojax.sizes import count_parameters, state_bytes
+
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    with interrupts.waiting():
+        if command.resume:
+            checkpoints.verify(state_bytes(config.model))
+        elif config.train.init_from is not None:
+            source = Checkpoints(RunFolder(Path(config.train.init_from)).checkpoints)
+            source.verify(4 * count_parameters(config.model).total, PARAMS)
+            source.close()
+    return checkpoints
 
 
 def loader_of(program: Program, data: Prepared, plan: Plan) -> Loader:

@@ -142,3 +142,71 @@ def test_the_readme_names_only_files_that_exist():
     gone = sorted({path for path in paths if path not in files | folders} | {word for word in bare if word not in names})
     assert paths, "the README names no file at all"
     assert not gone, f"README.md names {gone}, which do not exist"
+
+
+# What runs or unpickles what it reads. Where one is used, and why; an entry that nobody needs any more must leave this table.
+UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "runpy"}
+UNSAFE_CALLS = {
+    "eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "torch.load", "pandas.read_pickle",
+    "subprocess.getoutput", "subprocess.getstatusoutput", "*.deserialize_and_load", "*.deserialize", "*.read_pickle", "*.unsafe_load",
+}  # fmt: skip
+ALLOWED_UNSAFE = {
+    "nanojax/cli.py: runpy": "a preset is a Python file that the user names on the command line, as any other program",
+    "scripts/bench/chaos.py: runpy": "the prelude of a process that the user asks for, in a string that Python is given",
+}
+
+
+def unsafe(source: str) -> set[str]:
+    """Names from the tables above that a source uses, in its code and in strings of code, and arguments that amount to the same."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names} & UNSAFE_MODULES
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names} | {f"*.{alias.name}" for alias in node.names}
+            found |= ({(node.module or "").split(".")[0]} & UNSAFE_MODULES) | (names & UNSAFE_CALLS)
+        elif isinstance(node, ast.Attribute | ast.Name):
+            whole = ast.unparse(node).removeprefix("builtins.").replace("np.", "numpy.")
+            found |= {whole, f"*.{whole.rpartition('.')[2]}"} & UNSAFE_CALLS
+        elif isinstance(node, ast.keyword) and node.arg in ("allow_pickle", "shell") and getattr(node.value, "value", True) is not False:
+            found.add(f"{node.arg}=True")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found |= set(re.findall(r"\bimport (\w+)", node.value)) & UNSAFE_MODULES
+    return found
+
+
+def test_nothing_that_is_read_is_run_or_unpickled():
+    used = {f"{name(path)}: {what}" for path in SOURCES for what in unsafe(path.read_text())}
+    assert used == set(ALLOWED_UNSAFE), f"used {sorted(used - set(ALLOWED_UNSAFE))}, not used {sorted(set(ALLOWED_UNSAFE) - used)}"
+
+
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        ("import pickle as p", "pickle"),
+        ("from marshal import loads", "marshal"),
+        ("def f():\n    import shelve", "shelve"),
+        ("eval(x)", "eval"),
+        ("import builtins; builtins.exec(x)", "exec"),
+        ("list(map(eval, x))", "eval"),
+        ("yaml.load(f)", "yaml.load"),
+        ("from torch import load", "torch.load"),
+        ("torch.load(f, weights_only=True)", "torch.load"),
+        ("np.load(f, allow_pickle=True)", "allow_pickle=True"),
+        ("np.load(f, allow_pickle=flag)", "allow_pickle=True"),
+        ("os.system(x)", "os.system"),
+        ("subprocess.run(x, shell=True)", "shell=True"),
+        ("serialize_executable.deserialize_and_load(x, y, z)", "*.deserialize_and_load"),
+        ("from jax.experimental.serialize_executable import deserialize_and_load", "*.deserialize_and_load"),
+        ("run([python, '-c', 'import pickle; pickle.load(f)'])", "pickle"),
+    ],
+)
+def test_the_search_for_what_runs_what_it_reads_finds_it(source, what):
+    assert what in unsafe(source)
+
+
+@pytest.mark.parametrize(
+    "source", ["np.load(f, allow_pickle=False)", "re.compile(x)", "lowered.compile()", "model.eval()", "run(x, shell=False)"]
+)
+def test_the_search_leaves_what_only_sounds_like_it_alone(source):
+    assert unsafe(source) == set()

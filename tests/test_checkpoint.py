@@ -317,7 +317,7 @@ def test_a_full_or_closed_disk_is_a_storage_error_with_a_remedy(tmp_path, monkey
         checkpoints.save(small_state(), META)
         checkpoints.wait()
 
-    with pytest.raises(StorageError, match=r"checkpoints.*; (free|start)") as caught:
+    with pytest.raises(StorageError, match=r"checkpoints.*; (free|look at that disk)") as caught:
         save()
     assert caught.value.exit_code == 4
     assert "\n" not in str(caught.value)

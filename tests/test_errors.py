@@ -146,3 +146,11 @@ def test_a_reader_that_has_enough_is_no_failure(writes):
     run = subprocess.run([sys.executable, "-c", program], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT, env=env)
     os.close(writer)
     assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_current_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert outcome(lambda _: os.getcwd()) == 2
+    assert "the current folder, which is gone; change to one that is there" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import types
 import jax.numpy as jnp
 import pytest
 
-from nanojax import loop, telemetry
+from nanojax import loop, telemetry, tokenizer
 from nanojax.checks import parse_window
 from nanojax.config import Config, ModelConfig, TrainConfig
 from nanojax.errors import NonFiniteError, StorageError, UserError
@@ -239,3 +239,35 @@ def test_the_loss_curve_is_a_picture(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert draw_loss(tmp_path / "metrics.jsonl", tmp_path / "loss.png") == str(tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_a_disk_that_is_full_under_the_metrics_is_a_storage_error_and_said_once(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl", 0)
+    lines._file.close()
+    lines._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - closed below
+    with pytest.raises(StorageError, match=r"metrics\.jsonl: No space left on device; free space there"):
+        lines.write({"step": 1})
+    lines.close()  # does not try again what could not be written
+
+
+def test_a_picture_on_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    metrics, target = tmp_path / "metrics.jsonl", tmp_path / "loss.png"
+    metrics.write_text('{"step": 1, "bpb": 2.0}\n')
+    draw_loss(metrics, target)
+    before = target.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tokenizer.os, "replace", full)
+    with pytest.raises(StorageError, match=r"loss\.png: No space left on device \(.* to write, .* free\)"):
+        draw_loss(metrics, target)
+    assert target.read_bytes() == before
+    assert sorted(child.name for child in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_deep_lines_of_metrics_are_refused_in_a_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("[" * 10**5 + "\n{}\n")
+    with pytest.raises(StorageError, match="cannot continue"):
+        JsonLines(tmp_path / "metrics.jsonl", 0)

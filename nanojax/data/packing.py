@@ -279,7 +279,7 @@ def _load(path: Path) -> Plan:
     if len(body) != rows + 1 + segments + round_up_even(segments) // 2 or zlib.crc32(body.data) != crc:
         raise ValueError("its checksum is wrong")
     row_starts, starts, lengths = np.split(body, [rows + 1, rows + 1 + segments])
-    return Plan(
+    found = Plan(
         packing=list(PACKERS)[kind],
         seq_len=seq_len,
         n_tokens=n_tokens,
@@ -287,6 +287,13 @@ def _load(path: Path) -> Plan:
         starts=starts,
         lengths=lengths.view(np.int32)[:segments],
     )
+    if rows < 1 or row_starts[0] != 0 or row_starts[-1] != segments or not (np.diff(row_starts) > 0).all():
+        raise ValueError("its rows are not made of its segments")
+    if not ((found.starts >= 0) & (found.lengths > 0) & (found.starts + found.lengths <= n_tokens)).all():
+        raise ValueError("its segments lie outside the corpus")
+    if not (np.add.reduceat(found.lengths, row_starts[:-1], dtype=np.int64) == seq_len + 1).all():
+        raise ValueError(f"its rows are not of {seq_len} + 1 tokens")
+    return found
 
 
 def round_up_even(n: int) -> int:

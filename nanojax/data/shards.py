@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import itertools
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ import sys
 import tempfile
 import time
 from array import array
-from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +23,9 @@ import numpy as np
 
 from nanojax.config import DataConfig
 from nanojax.data import corpus
+from nanojax.data.store import TokenStore, again, read_index, threads
 from nanojax.errors import StorageError, UserError
+from nanojax.files import FULL, free_bytes, mb
 from nanojax.tokenizer import SPLIT_PATTERN, Tokenizer
 
 FORMAT = 1  # part of every key: raise it when the same corpus would be split, tokenised or laid out differently
@@ -37,75 +37,6 @@ BATCH_DOCUMENTS = 1024
 PROGRESS_AFTER_S = 2.0
 LOG_EVERY_S = 60.0
 Log = Callable[[str], None]
-
-
-class TokenStore:
-    """The tokens of one split: documents end to end, each begun by BOS, over shards that no document crosses.
-
-    `offsets`, int64 [documents + 1], are where documents begin; document i is `read(offsets[i], offsets[i + 1] - offsets[i])`.
-    Pickles to a path: a worker maps the files anew.
-    """
-
-    def __init__(self, folder: Path, split: corpus.Split) -> None:
-        """Open one split of a folder that `prepare` wrote. Raises UserError when its index is unreadable."""
-        self.folder, self.split = folder, split
-        index = read_index(folder)
-        try:
-            entry = index["splits"][split]
-            self.dtype = np.dtype(index["dtype"]).newbyteorder("<")
-            self.files: list[dict[str, Any]] = [*entry["shards"], entry["offsets"]]
-            self.tokens, self.documents, self.text_bytes = (int(entry[key]) for key in ("tokens", "documents", "text_bytes"))
-            self.text_sha256 = str(entry["text_sha256"])
-            self._starts = [0, *itertools.accumulate(int(shard["tokens"]) for shard in entry["shards"])]
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{folder}/index.json is damaged ({type(error).__name__}: {error}); {_again(folder)}") from None
-        self._maps: tuple[list[np.ndarray], np.ndarray] | None = None
-
-    def verify(self) -> None:
-        """Compare the size and SHA-256 of every file with the index, in threads. Raises UserError naming the first that differs."""
-        with ThreadPoolExecutor(_threads()) as pool:
-            for problem in pool.map(self._problem, self.files):
-                if problem:
-                    raise UserError(f"{problem}; {_again(self.folder)}")
-
-    def _problem(self, file: dict[str, Any]) -> str | None:
-        path = self.folder / file["file"]
-        try:
-            size = path.stat().st_size
-            if size != file["bytes"]:
-                return f"shard {path.name} is corrupt: {size} bytes, expected {file['bytes']}"
-            with open(path, "rb") as content:
-                found = hashlib.file_digest(content, "sha256").hexdigest()
-        except OSError as error:
-            return f"shard {path.name} cannot be read: {error.strerror}"
-        if found != file["sha256"]:
-            return f"shard {path.name} is corrupt: SHA-256 {found[:16]}..., expected {file['sha256'][:16]}..."
-        return None
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """int64 [documents + 1], memory-mapped: token offset at which each document begins, and the end of the last."""
-        return self._mapped()[1]
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """dtype [length]: a read-only view of tokens start .. start + length, which lie in one document. Takes microseconds."""
-        shards = (self._maps or self._mapped())[0]
-        which = bisect_right(self._starts, start) - 1
-        if not 0 <= which < len(shards) or not 0 <= length <= self._starts[which + 1] - start:
-            raise IndexError(f"tokens {start} to {start + length} do not lie in one shard of the {self.tokens} of {self.folder}")
-        begin = start - self._starts[which]
-        return shards[which][begin : begin + length]
-
-    def _mapped(self) -> tuple[list[np.ndarray], np.ndarray]:
-        if self._maps is None:
-            *shards, offsets = (self.folder / file["file"] for file in self.files)
-            # Plain views: slicing a np.memmap costs several times as much.
-            arrays = [np.memmap(path, self.dtype, mode="r").view(np.ndarray) for path in shards]
-            self._maps = arrays, np.load(offsets, mmap_mode="r").view(np.ndarray)
-        return self._maps
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": None}
 
 
 @dataclass(frozen=True)
@@ -144,6 +75,8 @@ def prepare(data: DataConfig, vocab_size: int, log: Log) -> Prepared:
     train, val = (TokenStore(folder, split) for split in get_args(corpus.Split))
     for store in (train, val):
         store.verify()
+        if store.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(f"{folder} holds the tokens of another tokenizer, {store.tokenizer_sha256:.12}; {again(folder)}")
         log(f"{store.split}: {store.documents:,} documents, {store.tokens:,} tokens, text SHA-256 {store.text_sha256[:16]}")
     if left_out := read_index(folder)["skipped"]:
         log(f"left out: {', '.join(f'{n:,} {reason}' for reason, n in left_out.items())}")
@@ -195,17 +128,6 @@ def train_tokenizer(data: DataConfig, vocab_size: int) -> Tokenizer:
     return Tokenizer.train(texts(), vocab_size)
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """index.json of a folder of shards. Raises UserError when it is missing or not an object."""
-    try:
-        index = json.loads((folder / "index.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}/index.json cannot be read ({type(error).__name__}); {_again(folder)}") from None
-    if not isinstance(index, dict):
-        raise UserError(f"{folder}/index.json is damaged; {_again(folder)}")
-    return index
-
-
 def _build(data: DataConfig, source: corpus.Source, tokenizer: Tokenizer, mark: str, folder: Path, log: Log) -> None:
     """Tokenise into a temporary folder beside `folder`, then rename it; whoever comes second uses what is there."""
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -250,10 +172,10 @@ def _encoded(
         return [(split, text.encode(), np.array([tokenizer.bos, *tokenizer.encode(text)], dtype)) for split, text in batch]
 
     waiting: deque[Future[list[tuple[corpus.Split, bytes, np.ndarray]]]] = deque()
-    with ThreadPoolExecutor(_threads()) as pool:
+    with ThreadPoolExecutor(threads()) as pool:
         for batch in _batches(pairs):
             waiting.append(pool.submit(encode, batch))
-            if len(waiting) > 2 * _threads():
+            if len(waiting) > 2 * threads():
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
@@ -362,19 +284,12 @@ def storing(cache: Path) -> Iterator[None]:
         raise
     except OSError as error:
         reason = getattr(error.__cause__ or error, "strerror", None) or error  # a StorageError from below names another remedy
+        space = f" ({mb(free_bytes(cache))} free)" if error.errno in FULL else ""
         raise StorageError(
-            f"cannot write to the cache {cache}: {reason}; free space there, or choose a folder with --data.cache "
+            f"cannot write to the cache {cache}: {reason}{space}; free space there, or choose a folder with --data.cache "
             "(of eval, sample and export: --cache)"
         ) from error
 
 
 def _key(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _again(folder: Path) -> str:
-    return f"delete {folder} to tokenise again"
-
-
-def _threads() -> int:
-    return max(2, min(32, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2))

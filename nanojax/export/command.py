@@ -17,6 +17,7 @@ from nanojax.export import layout
 from nanojax.export.folder import is_export, require_new
 from nanojax.formats import FORMATS
 from nanojax.runs import RunFolder, unplaced
+from nanojax.sizes import count_parameters
 
 ExportFormat = Literal["auto", "bf16", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
 
@@ -101,13 +102,14 @@ def main(argv: Sequence[str]) -> None:
 
     import jax
 
-    from nanojax.checkpoint import Checkpoints
+    from nanojax.checkpoint import PARAMS, Checkpoints
     from nanojax.export.write import tensors_of, write_export
     from nanojax.precision import Rounding
     from nanojax.program import keep_compiled_programs, make_program
 
     keep_compiled_programs(command.cache or config.data.cache)
     checkpoints = Checkpoints(folder.checkpoints)
+    checkpoints.verify(4 * count_parameters(config.model).total, PARAMS)
     program = make_program(unplaced(config), jax.devices()[:1])
     params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
     step = checkpoints.latest or 0  # now that damaged ones are known

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import re
 import stat
 import tempfile
@@ -16,6 +15,7 @@ from nanojax.checks import LARGEST
 from nanojax.config import Config, DataConfig
 from nanojax.errors import UserError
 from nanojax.export.layout import quantized_config
+from nanojax.files import parse_json, printable
 from nanojax.formats import FORMATS
 from nanojax.tokenizer import Tokenizer
 
@@ -64,7 +64,7 @@ def open_export(folder: Path) -> Export:
         require_regular(folder, name)
     source = folder / CONFIG
     try:
-        record = json.loads(source.read_bytes())
+        record = parse_json(source.read_bytes())
         config = parse(record)
     except OSError as error:
         raise UserError(f"cannot read {source}: {error.strerror}; {REMEDY}") from error
@@ -77,11 +77,6 @@ def open_export(folder: Path) -> Export:
     if found != own["weights_sha256"]:
         raise UserError(f"{folder / WEIGHTS} is damaged: SHA-256 {found[:12]}, expected {own['weights_sha256'][:12]}; {REMEDY}")
     return Export(folder, config, own["format"], own["int4_group"], own["step"], record.get("quantization_config"), tokenizer)
-
-
-def printable(text: str) -> str:
-    """One line of bounded length that a terminal shows as it is, of text that a file may have chosen."""
-    return text.encode("unicode_escape").decode()[:300]
 
 
 def require_regular(folder: Path, name: str) -> None:

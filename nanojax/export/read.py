@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 
 from nanojax.errors import UserError
 from nanojax.export import layout
-from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export, printable
+from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export
 from nanojax.export.layout import Parameter, Tensor
+from nanojax.files import printable
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
 from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.precision import Rounding, siblings
@@ -31,6 +32,7 @@ DTYPES = {
     "U8": np.dtype("u1"),
 }
 E8M0_NAN = 255
+LARGEST_HEADER = 2**23  # bytes of JSON; that of a hundred blocks has 2**18
 Parts = dict[str, np.ndarray]
 """Part -> tensor of one parameter."""
 
@@ -82,6 +84,9 @@ def rounding_of(export: Export) -> Rounding:
 def mapped(path: Path, expected: dict[str, Tensor]) -> dict[str, np.ndarray]:
     """Tensor name -> read-only view of the file. Raises UserError on the first tensor that is not there as expected, or not expected."""
     try:
+        with open(path, "rb") as file:
+            if (header := int.from_bytes(file.read(8), "little")) > LARGEST_HEADER:
+                raise SafetensorError(f"a header of {header:,} bytes, and at most {LARGEST_HEADER:,} are read")
         # Its own numpy arrays know no E4M3; but it checks that tensors follow one another to the end of the file without a gap.
         with safe_open(path, framework="numpy") as file:
             order = file.offset_keys()

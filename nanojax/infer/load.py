@@ -11,6 +11,7 @@ from nanojax.checks import round_up
 from nanojax.config import Attention, Config
 from nanojax.export.folder import Export, is_export, open_export
 from nanojax.runs import RunFolder, unplaced
+from nanojax.sizes import count_parameters
 from nanojax.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -38,12 +39,16 @@ class Source:
         import jax
         import jax.numpy as jnp
 
-        from nanojax.checkpoint import Checkpoints
+        from nanojax.checkpoint import PARAMS, Checkpoints
         from nanojax.export.read import read_parts, read_weights
         from nanojax.infer.fused import refusal
         from nanojax.program import DTYPES, keep_compiled_programs, make_program
 
-        parts = read_parts(self.export) if self.export else {}  # first: a model of the sizes that it claims takes long to trace
+        # First, whether weights of those sizes are there: a model as large as a config claims takes long to trace.
+        parts = read_parts(self.export) if self.export else {}
+        checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
+        if not self.export:
+            checkpoints.verify(4 * count_parameters(self.config.model).total, PARAMS)
         keep_compiled_programs(self.config.data.cache)
         program = make_program(even_rows(self.config, len(devices or jax.devices())), devices)
         shardings = program.shardings.params
@@ -53,7 +58,6 @@ class Source:
                 packed = packed and refusal(program.request) is None
                 weights = read_weights(self.export, parts, dtype, shardings, packed=packed)
                 return Model(program, weights, self.export.step, f"{self.export.format}, exported")
-            checkpoints = Checkpoints(RunFolder(self.path).checkpoints)
             params = checkpoints.finite_params(program.shapes.params, shardings)
             step = checkpoints.latest or 0  # now that damaged ones are known
             phase = program.phase(step)
