@@ -81,7 +81,7 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*(table[axis] if axis else None for axis in axes)))
 
 
-def dealt_out(f: Callable[[jax.Array], jax.Array], x_LIO: jax.Array, cut: tuple[str, str]) -> jax.Array:
+def dealt_out(f: Callable[[jax.Array], jax.Array], x_LIO: jax.Array, cut: tuple[str, ...]) -> jax.Array:
     """f(x_LIO) of L matrices whose logical axes are `cut` over the devices of the mesh that is set: each gives f whole ones of them.
 
     `f` keeps shapes, and makes zeros of zeros.

@@ -17,7 +17,7 @@ from nanojax.config import OptimConfig
 from nanojax.mesh import dealt_out
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-Axes = Mapping[str, tuple[str, str]]
+Axes = Mapping[str, tuple[str, ...]]
 """Name of parameter -> its logical axes."""
 NOWHERE: Axes = {}
 

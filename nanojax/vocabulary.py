@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
+from nanojax.checks import MESH_AXES
 from nanojax.mesh import BATCH_AXES, place
 
 TOKENS = P(BATCH_AXES, "context")
-OWN = {*BATCH_AXES, "context"}
+OWN = set(MESH_AXES) - {"tensor"}
 """Axes that functions here divide the work by. The vocabulary may be cut over tensor, and how is left to the partitioner."""
 
 

@@ -106,9 +106,7 @@ def kernels(spread: Spread, *, joined: bool, interpret: bool = False) -> Element
             return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, How(head_dim, spread, interpret))
 
     def nats(logits_BTV, targets_BT, softcap):
-        flat = loss_kernel.cross_entropy(
-            logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret
-        )
+        flat = loss_kernel.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret)
         return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
 
     def gate_and_up(x_BTD, gate, up):
