@@ -36,8 +36,8 @@ class PlanCommand:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.devices is not None and self.devices < 1:
-            raise UserError(f"--devices takes 1 or more, given {self.devices}; leave it out for those there are")
+        if self.devices is not None and not 1 <= self.devices <= MOST_DEVICES:
+            raise UserError(f"--devices takes 1 to {MOST_DEVICES}, given {self.devices}; leave it out for those there are")
         if self.memory is not None:
             parse_bytes(self.memory)
         if self.topology is not None:
