@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> None:
     if command.topology is not None:
         from nanojax.analysis.scale_report import plan_topology
 
-        plan_topology(command.config, command.target, command.topology, parse_topology(command.topology))
+        plan_topology(command.config, command.target, command.topology, *parse_topology(command.topology))
         return
 
     import jax
@@ -123,7 +123,7 @@ def devices_of(command: PlanCommand) -> list[Any]:
     from nanojax.analysis.targets import target_devices
 
     if command.target != "here":
-        return target_devices(command.target, command.topology or f"1x1x{command.devices or 1}")
+        return target_devices(command.target, f"1x1x{command.devices or 1}")
     if command.devices is not None:
         jax.config.update("jax_num_cpu_devices", command.devices)  # without effect on GPUs
     here = jax.devices()

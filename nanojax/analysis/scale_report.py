@@ -47,15 +47,15 @@ def stderr_kept() -> Iterator[list[str]]:
             sys.stderr.write(said[0])
 
 
-def plan_topology(config: Config, target: str, topology: str, hosts: tuple[int, int]) -> None:
-    """Print it. `hosts`: their number, and the devices of each."""
+def plan_topology(config: Config, target: str, topology: str, hosts: int, per_host: int) -> None:
+    """Print it, for a topology that is so many hosts of so many devices."""
     resolved = resolve(config, config.model.vocab_size)
     devices, gpu = target_devices(target, topology), GPUS[target]
-    step = compile_for(resolved, devices, hosts[1])
+    step = compile_for(resolved, devices, per_host)
     mesh = ",".join(f"{axis}={size}" for axis, size in step.mesh.items() if size > 1) or "data=1"
     chosen = "" if config.train.mesh else " (data across hosts, fsdp within one; --mesh NAME=SIZE,... chooses another)"
     print(f"{count_parameters(step.model).total:,} parameters, compiled for {len(devices)} x {gpu.name}, which are not here")
-    print(f"topology {topology}: {hosts[0]} hosts of {hosts[1]}; --mesh {mesh}{chosen}")
+    print(f"topology {topology}: {hosts} hosts of {per_host}; --mesh {mesh}{chosen}")
     share = resolved.batch_tokens // len(devices)
     print(f"{resolved.batch_tokens:,} tokens a step, {share:,} on each GPU, in microbatches: {step.accumulation}")
     memory = step.memory
