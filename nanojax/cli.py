@@ -41,8 +41,9 @@ def parse(spec: type[T], argv: Sequence[str], *, prog: str, description: str, de
     for arg in argv:
         name = arg.split("=")[0].replace("_", "-")
         if re.match(r"--[a-zA-Z]", name) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UserError(f"unknown option {name}; {f'did you mean {near[0]}?' if near else f'see {usage}'}")
+            ends = {"--" + flag.rpartition(".")[2].lstrip("-"): flag for flag in known} | {flag: flag for flag in known}
+            near = difflib.get_close_matches(name, ends, n=1)
+            raise UserError(f"unknown option {name}; {f'did you mean {ends[near[0]]}?' if near else f'see {usage}'}")
     out = io.StringIO()
     try:
         with contextlib.redirect_stderr(out):
@@ -117,6 +118,12 @@ def load_preset(path: str | Path) -> Config:
         config = runpy.run_path(str(path)).get("config")
     except UserError as error:
         raise UserError(f"preset {path}: {error}") from error
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        fields = [field.name for part in get_type_hints(Config).values() for field in dataclasses.fields(part)]
+        near = difflib.get_close_matches(unknown[1], fields, n=1) if unknown else []
+        remedy = f"did you mean {near[0]}?" if near else "run it with python to see where"
+        raise UserError(f"preset {path} raised TypeError: {error}; {remedy}") from error
     except (Exception, SystemExit) as error:  # the user's own code: whatever it raises is theirs to mend
         raise UserError(f"preset {path} raised {type(error).__name__}: {error}; run it with python to see where") from error
     if not isinstance(config, Config):

@@ -28,7 +28,6 @@ RULES = (
     ("vocab", "tensor"),
     ("gain", None),
 )
-BATCH_AXES = dict(RULES)["batch"]
 MAX_UNSHARDED = 0.02  # as MaxText's sharding_tolerance
 Axes = Sequence[str | None]
 """Logical axes of an array, as many as are cut; those left out at the end are whole."""
@@ -116,6 +115,33 @@ def place(x: jax.Array, *axes: str | None) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def dealt_out(f: Callable[[jax.Array], jax.Array], x_LIO: jax.Array, cut: tuple[str, ...]) -> jax.Array:
+    """f(x_LIO) of L matrices whose logical axes are `cut` over the devices of the mesh that is set: each gives f whole ones of them.
+
+    `f` keeps shapes, and makes zeros of zeros.
+    """
+    where = spec((None, *cut))
+    over = [(dim, axis) for dim, axis in enumerate(where) if axis]
+    count = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for _, axis in over)
+
+    def local(x_LIO: jax.Array) -> jax.Array:
+        for dim, axis in over:
+            x_LIO = jax.lax.all_to_all(x_LIO, axis, split_axis=0, concat_axis=dim, tiled=True)
+        x_LIO = f(x_LIO)
+        for dim, axis in reversed(over):
+            x_LIO = jax.lax.all_to_all(x_LIO, axis, split_axis=dim, concat_axis=0, tiled=True)
+        return x_LIO
+
+    full_LIO = jax.numpy.pad(x_LIO, ((0, -len(x_LIO) % count), (0, 0), (0, 0)))
+    return jax.shard_map(local, in_specs=where, out_specs=where, check_vma=False)(full_LIO)[: len(x_LIO)]
+
+
+def parts(axis: str) -> int:
+    """How many devices share a logical axis on the mesh that is set; 1 without one."""
+    mesh, over = jax.sharding.get_abstract_mesh(), dict(RULES)[axis]
+    return 1 if mesh.empty or not over else math.prod(mesh.shape[name] for name in ((over,) if isinstance(over, str) else over))
 
 
 def per_shard(attention: AttentionFn, mesh: Mesh) -> AttentionFn:

@@ -15,12 +15,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from nanojax.config import ModelConfig
-from nanojax.mesh import place
+from nanojax.mesh import parts, place
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.dot import dot as plain_dot
 from nanojax.ops.elementwise import PLAIN, Elementwise, project
 from nanojax.ops.norm import rms_norm
 from nanojax.ops.rope import rope_table, rotate
+from nanojax.vocabulary import look_up
 
 Dot = Callable[..., Array]
 Attend = Callable[[Array, Array, Array], Array]
@@ -187,8 +188,9 @@ class GPT(nnx.Module):
     def embed(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Rows of the embedding, in the compute dtype."""
         with jax.named_scope("embed"):
-            # From the fp32 table, so that its gradient, a scatter-add with many collisions, is summed in fp32. Rows are gathered whole:
-            # a width that stayed sharded would collide with the batch on the same mesh axis.
+            # From the fp32 table, so that its gradient, a scatter-add with many collisions, is summed in fp32.
+            if parts("embed") > 1:
+                return place(look_up(self.embedding[...], tokens_BT, self.compute_dtype), "batch", "tokens", None)
             table_VD = place(self.embedding[...], "vocab", None)
             return place(table_VD[tokens_BT].astype(self.compute_dtype), "batch", "tokens", None)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -13,14 +14,20 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from nanojax.config import OptimConfig
+from nanojax.mesh import dealt_out
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+Axes = Mapping[str, tuple[str, ...]]
+"""Name of parameter -> its logical axes."""
+NOWHERE: Axes = {}
 
 
-def optimizer(c: OptimConfig, *, steps: int, batch_tokens: int, d_model: int, ns_dtype: jnp.dtype) -> optax.GradientTransformation:
+def optimizer(
+    c: OptimConfig, *, steps: int, batch_tokens: int, d_model: int, ns_dtype: jnp.dtype, axes: Axes | None = None
+) -> optax.GradientTransformation:
     """The whole chain, from summed gradients to the update that is added to the parameters.
 
-    `c` gives learning rates at its reference batch and width; here they meet the run's.
+    `c` gives learning rates at its reference batch and width; here they meet the run's. `axes`: of parameters that are cut over devices.
     """
     batch_scale = (batch_tokens / c.reference_batch) ** 0.5 if c.reference_batch else 1.0
     width_scale = (d_model / 768) ** -0.5
@@ -31,7 +38,7 @@ def optimizer(c: OptimConfig, *, steps: int, batch_tokens: int, d_model: int, ns
         )
 
     groups: dict[Hashable, optax.GradientTransformation] = {
-        "matrix": optax.chain(scale_by_muon(c, ns_dtype), optax.scale_by_learning_rate(c.matrix_lr * batch_scale)),
+        "matrix": optax.chain(scale_by_muon(c, ns_dtype, axes or {}), optax.scale_by_learning_rate(c.matrix_lr * batch_scale)),
         "embedding": adamw(c.embedding_lr * width_scale, c.weight_decay),
         "head": adamw(c.head_lr * width_scale, c.weight_decay),
         "gain": adamw(c.gain_lr, 0.0),
@@ -76,7 +83,7 @@ class MuonState(NamedTuple):
     momentum: Any
 
 
-def scale_by_muon(c: OptimConfig, ns_dtype: jnp.dtype) -> optax.GradientTransformation:
+def scale_by_muon(c: OptimConfig, ns_dtype: jnp.dtype, axes: Axes = NOWHERE) -> optax.GradientTransformation:
     """Nesterov momentum, orthogonalised, times sqrt(max(1, out / in)). Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/.
 
     Kernels are [in, out], the transpose of the source's, so the factor reads the axes the other way round.
@@ -91,22 +98,29 @@ def scale_by_muon(c: OptimConfig, ns_dtype: jnp.dtype) -> optax.GradientTransfor
         m = low + (high - low) * jnp.minimum(1.0, state.step / max(1, c.momentum_warmup))
         momentum = jax.tree.map(lambda b, g: m * b + (1 - m) * g, state.momentum, updates)
         nesterov = jax.tree.map(lambda b, g: m * b + (1 - m) * g, momentum, updates)
-        return orthogonalise_all(nesterov, c.ns_steps, ns_dtype), MuonState(state.step + 1, momentum)
+        return orthogonalise_all(nesterov, c.ns_steps, ns_dtype, axes), MuonState(state.step + 1, momentum)
 
     return optax.GradientTransformation(init, update)
 
 
-def orthogonalise_all(tree: Any, steps: int, dtype: jnp.dtype) -> Any:
-    """Each [in, out] matrix orthogonalised and scaled; matrices of one shape go through together, as one batch."""
-    leaves, structure = jax.tree.flatten(tree)
-    by_shape: dict[tuple[int, ...], list[int]] = collections.defaultdict(list)
-    for i, leaf in enumerate(leaves):
-        by_shape[leaf.shape].append(i)
-    for (fan_in, fan_out), members in by_shape.items():
-        stack = orthogonalise(jnp.stack([leaves[i] for i in members]).astype(dtype), steps)
+def orthogonalise_all(tree: Any, steps: int, dtype: jnp.dtype, axes: Axes = NOWHERE) -> Any:
+    """Each [in, out] matrix orthogonalised and scaled; matrices of one shape go through together, as one batch.
+
+    Those with `axes` are cut over devices in the same way, and each device takes whole ones of them: an iteration on parts would
+    bring them together three times.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
+    found = [leaf for _, leaf in leaves]
+    alike: dict[tuple, list[int]] = collections.defaultdict(list)
+    for i, (path, leaf) in enumerate(leaves):
+        alike[leaf.shape, axes.get(getattr(path[-1], "key", ""))].append(i)
+    for ((fan_in, fan_out), cut), members in alike.items():
+        stack = jnp.stack([found[i] for i in members]).astype(dtype)
+        all_of = functools.partial(orthogonalise, steps=steps)
+        stack = dealt_out(all_of, stack, cut) if cut else all_of(stack)
         for i, matrix in zip(members, stack.astype(jnp.float32) * max(1.0, fan_out / fan_in) ** 0.5, strict=True):
-            leaves[i] = matrix
-    return jax.tree.unflatten(structure, leaves)
+            found[i] = matrix
+    return jax.tree.unflatten(structure, found)
 
 
 def orthogonalise(x_LIO: Float[Array, "L I O"], steps: int) -> Float[Array, "L I O"]:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from nanojax import mesh as meshes
+from nanojax import vocabulary
 from nanojax.checks import parse_mesh
 from nanojax.config import Config, TrainConfig
 from nanojax.data.shards import storing
@@ -323,7 +324,9 @@ def make_program(
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
-    tx = optimizer(config.optim, steps=config.steps, batch_tokens=config.batch_tokens, d_model=config.model.width, ns_dtype=dtype)
+    cut = axes if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else None
+    sizes = dict(steps=config.steps, batch_tokens=config.batch_tokens, d_model=config.model.width)
+    tx = optimizer(config.optim, **sizes, ns_dtype=dtype, axes=cut)
 
     def init(key: Array) -> TrainState:
         key_init, key_run = jax.random.split(key)
@@ -339,7 +342,7 @@ def make_program(
     meshes.require_sharded(shapes, shardings, mesh)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
-    total = functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient)
+    total = vocabulary.per_device(functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient), mesh)
     evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
     options = COMPILER_OPTIONS.get(site.platform, {}) | (PROFILER_OPTIONS.get(site.platform, {}) if profiled else {})
     jit = functools.partial(jax.jit, compiler_options=options or None)

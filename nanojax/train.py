@@ -47,7 +47,7 @@ class TrainCommand:
     peak_tflops: float | None = None
     """Peak of one device in dense bf16, for the MFU. Derived: from a table of devices."""
     print_config: bool = False
-    """Print the config, flags applied, and stop."""
+    """Print the config, flags applied and what follows from them filled in, and stop; what is None follows from the devices."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     command, preset = read_command(argv)
     if command.print_config:
-        print(command.config.text(), end="")
+        print(derived(command.config).text(), end="")
         return
 
     from nanojax.data.shards import prepare
@@ -90,6 +90,19 @@ def main(argv: Sequence[str]) -> None:
             raise Interrupted(words, abrupt=interrupts.abandoned) from None
 
 
+def derived(config: Config) -> Config:
+    """The config as a run would resolve it; as it is where the vocabulary is one that would first be downloaded."""
+    from nanojax.sizes import resolve
+
+    if config.data.tokenizer is None:
+        return resolve(config, config.model.vocab_size)
+    if not config.data.tokenizer.endswith(".json"):
+        return config
+    from nanojax.tokenizer import Tokenizer
+
+    return resolve(config, Tokenizer.load(config.data.tokenizer).n_vocab)
+
+
 def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand) -> bool:
     """Whether a run has steps left; says so where it has none. Raises UserError where it cannot go on like this."""
     folder.check_resume(config, data, allow=command.allow)
@@ -113,6 +126,9 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         parse_window(command.profile)
     if command.peak_tflops is not None:
         require_positive("peak_tflops", command.peak_tflops)
+    warmup, steps = command.config.optim.warmup_steps, command.config.train.steps
+    if value_of("--optim.warmup-steps", rest) is not None and steps is not None and warmup > steps:
+        raise UserError(f"optim.warmup_steps={warmup} must not exceed steps={steps}; try --optim.warmup-steps {steps // 10}")
     if command.allow is not None and not command.resume:
         raise UserError(f"--allow {command.allow} is for a run that goes on; add --resume, or start from its weights with --init-from")
     if command.stop_after is not None and command.stop_after < 1:

@@ -12,12 +12,12 @@ from eight import answer, measured
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from nanojax.analysis.collectives import groups_of
 from nanojax.checks import MESH_AXES
 from nanojax.cli import load_preset
 from nanojax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from nanojax.errors import UserError
 from nanojax.mesh import (
-    BATCH_AXES,
     RULES,
     batch_sharding,
     check_divisible,
@@ -96,6 +96,7 @@ def train(mesh: str, devices) -> dict:
         "moments": moments,
         "share": [n / sum(leaf.nbytes for leaf in leaves) for n in share.values()],
         "collectives": collectives(text, program.mesh) if program.mesh.size > 1 else {},
+        "crossing": crossing(text, program.mesh) if program.mesh.size > 1 else [],
         "held_back": {name: wrong for name, wrong in misplaced(state, program).items() if wrong},
     }
 
@@ -109,15 +110,24 @@ def misplaced(state, program) -> dict[str, list[str]]:
 def collectives(hlo: str, mesh) -> dict[str, list[str]]:
     """Kind of collective -> the mesh axes that its groups of devices span, each combination once."""
     found: dict[str, set[str]] = {}
+    for kind, _, axes in crossing(hlo, mesh):
+        found.setdefault(kind, set()).add(axes)
+    return {kind: sorted(axes) for kind, axes in found.items()}
+
+
+def crossing(hlo: str, mesh) -> list[tuple[str, str, str]]:
+    """(kind, scope, mesh axes that a group spans) of each collective and each kind of group in it."""
+    found = set()
     for line in hlo.splitlines():
         match = re.search(r"= .*? (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
         if match is None:
             continue
-        for group in groups_of(line):
+        scope = re.search(r'op_name="([^"]*)"', line)
+        for group in groups_of(line, mesh.size):
             at = np.array(np.unravel_index(group, mesh.devices.shape))  # XLA numbers devices in the order of the mesh
             axes = [axis for n, axis in enumerate(MESH_AXES) if len(set(at[n])) > 1]
-            found.setdefault(match[1], set()).add("+".join(axes) or "none")
-    return {kind: sorted(axes) for kind, axes in found.items()}
+            found.add((match[1], scope[1] if scope else "", "+".join(axes) or "none"))
+    return sorted(found)
 
 
 def per_shard_attention() -> dict:
@@ -141,7 +151,7 @@ def per_shard_attention() -> dict:
         return jax.jit(run)
 
     want = with_gradients(reference_attention)(q, k, v, cotangent, segments)
-    heads, rows = NamedSharding(mesh, P(BATCH_AXES, None, "tensor")), NamedSharding(mesh, P(BATCH_AXES))
+    heads, rows = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor")), NamedSharding(mesh, P(("data", "fsdp")))
     placed = [*(jax.device_put(x, heads) for x in (q, k, v, cotangent)), jax.device_put(segments, rows)]
     with jax.set_mesh(mesh):
         step = with_gradients(per_shard(seen_reference, mesh))
@@ -149,35 +159,6 @@ def per_shard_attention() -> dict:
         text = step.lower(*placed).compile().as_text()
     off = [float(np.abs(np.asarray(a) - np.asarray(b)).max()) for a, b in zip(got, want, strict=True)]
     return {"off": off, "seen": sorted(seen), "collectives": collectives(text, mesh), "specs": [str(x.sharding.spec) for x in got]}
-
-
-def groups_of(line: str) -> list[list[int]]:
-    """Device groups of an HLO collective, in each of XLA's notations.
-
-    {{0,1},{2,3}}; [4,2]<=[2,2,2]T(0,2,1), an iota; mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, a mesh and the axes spanned.
-    """
-    if match := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", line):
-        return [[int(n) for n in part.split(",")] for part in re.findall(r"\{([\d, ]+)\}", match[1])]
-    if match := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", line):
-        return iota(match[2]).reshape(numbers(match[1])).tolist()
-    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\[.*?)\))? \{('[^:}]*')\}", line):
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", match[1])}
-        spanned = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", match[3])]
-        ids = iota(match[2] if match[2] else f"[{int(np.prod(list(sizes.values())))}]").reshape(list(sizes.values()))
-        last = np.moveaxis(ids, spanned, range(-len(spanned), 0))
-        return last.reshape(-1, int(np.prod([ids.shape[n] for n in spanned]))).tolist()
-    raise AssertionError(f"a notation of device groups that this test does not know: {line.strip()[:300]}")
-
-
-def iota(text: str) -> np.ndarray:
-    """'[4,2]T(1,0)' -> 0 .. 7 as [4, 2], transposed."""
-    dims, _, order = text.partition("T(")
-    ids = np.arange(np.prod(numbers(dims.strip("[]")))).reshape(numbers(dims.strip("[]")))
-    return ids.transpose(numbers(order.strip(")"))) if order else ids
-
-
-def numbers(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
 
 
 def measure() -> dict:
@@ -251,6 +232,16 @@ def test_the_step_talks_over_fsdp_and_tensor(runs):
     assert any("data" in axes for axes in sums), f"no gradient is summed over data: {found}"
 
 
+def test_weights_and_gradients_cross_the_mesh_outside_the_loops_of_optimizer_and_loss(runs):
+    found = runs["eight"]["crossing"]
+    print(found)
+    assert any("optimizer" in scope and kind == "all-to-all" for kind, scope, _ in found), "Muon's matrices are not dealt out"
+    assert any("loss" in scope for _, scope, _ in found)
+    in_loops = [each for each in found if re.search(r"(optimizer|jvp\(loss\)).*/while/", each[1])]
+    # Each block of the loss sums its logits over tensor, which has parts of the vocabulary.
+    assert not [each for each in in_loops if each[2] != "tensor"]
+
+
 def test_the_step_compiles_once(runs):
     for run in ("one", "eight"):
         assert runs[run]["cache_sizes"] == [1] * STEPS
@@ -308,7 +299,7 @@ def test_the_table_covers_every_axis_that_the_model_names_and_no_more():
     table = dict(RULES)
     assert named == set(table)
     assert {axis for axes in table.values() if axes for axis in ([axes] if isinstance(axes, str) else axes)} <= set(MESH_AXES)
-    assert table["batch"] == BATCH_AXES
+    assert table["batch"] == ("data", "fsdp")
 
 
 def test_the_moments_of_a_parameter_are_found_by_its_name():
@@ -350,22 +341,6 @@ def test_moments_that_lie_whole_on_each_device_are_refused():
 def test_placing_without_a_mesh_changes_nothing():
     x = jax.numpy.ones((2, 2))
     assert place(x, "batch", None) is x
-
-
-def test_the_reader_of_device_groups_knows_every_notation_of_xla():
-    known = {
-        "{{0,1},{2,3}}, to_apply=z": [[0, 1], [2, 3]],
-        "[4,2]<=[8], dimensions={0}": [[0, 1], [2, 3], [4, 5], [6, 7]],
-        "[4,2]<=[2,2,2]T(0,2,1), dimensions={0}": [[0, 2], [1, 3], [4, 6], [5, 7]],
-        "mesh['axis_0'=4,'axis_1'=1,'axis_2'=2] {'axis_2'}, to_apply=z": [[0, 1], [2, 3], [4, 5], [6, 7]],
-        "mesh['axis_0'=4,'axis_1'=2] {'axis_0'}": [[0, 2, 4, 6], [1, 3, 5, 7]],
-        # ids [[0, 4], [1, 5], [2, 6], [3, 7]] as [2, 2, 2]: axis_1 pairs 0 with 1 and 4 with 5.
-        "mesh['axis_0'=2,'axis_1'=2,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_1'}": [[0, 1], [4, 5], [2, 3], [6, 7]],
-    }
-    for text, groups in known.items():
-        assert groups_of(f"x = f32[2] all-reduce(y), replica_groups={text}") == groups
-    with pytest.raises(AssertionError, match="does not know"):
-        groups_of("x = f32[2] all-reduce(y), replica_groups=something")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from eight import answer, measured
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from nanojax import vocabulary
 from nanojax.checks import parse_mesh
 from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
 from nanojax.mesh import batch_sharding, make_mesh, per_device, per_shard, spec
@@ -68,7 +69,7 @@ def computed(mesh: str, model: dict, packed: bool, backend: str, remat: bool, ke
 
     def run(params, inputs, targets, segments):
         micro = Batch(inputs[0], targets[0], segments[0])
-        total = functools.partial(total_nats, blocks=2, of_logits=between.nats_and_gradient)
+        total = vocabulary.per_device(functools.partial(total_nats, blocks=2, of_logits=between.nats_and_gradient), program.mesh)
         loss, grads = jax.value_and_grad(lambda w: microbatch_nats(graph, w, micro, jax.random.key(0), total=total, packed=packed))(params)
         return {"loss": loss, "logits": merge(graph, params)(micro.inputs, micro.segments if packed else None), **grads}
 

@@ -278,3 +278,15 @@ def test_the_config_is_printed_without_jax_and_with_the_flags_applied(world):
     assert (done.returncode, done.stderr) == (0, "")
     assert "model.depth = 1\n" in done.stdout
     assert "optim.matrix_lr = 0.5\n" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "vocab"), [("", 384), (" --tokenizer other.json", 384), (" --tokenizer gpt2", 300)], ids=["trained", "loaded", "named"]
+)
+def test_the_printed_config_is_the_resolved_one_where_its_vocabulary_is_here(world, flags, vocab, monkeypatch, capsys):
+    monkeypatch.chdir(world.root)
+    dispatch(f"{HERE}{flags} --print-config".split())
+    said = capsys.readouterr().out
+    assert f"model.vocab_size = {vocab}\n" in said  # 300 and other.json's 270 to full tiles of 128
+    assert ("model.d_ffn = 256\n" in said) == (vocab == 384)
+    assert "train.micro_batch = None\n" in said, "that follows from the devices"

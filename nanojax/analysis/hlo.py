@@ -55,6 +55,12 @@ class Op:
     """Executions of it in one of the program."""
     wrapped: str = ""
     """The name of the custom call that a fusion wraps, by which the profiler knows it; else empty."""
+    shapes: tuple[Shape, ...] = ()
+    """Of its results."""
+    operands: tuple[str, ...] = ()
+    """Names."""
+    attributes: str = ""
+    """As XLA writes them."""
 
     @property
     def collective(self) -> bool:
@@ -144,8 +150,8 @@ def _shapes(text: str) -> tuple[Shape, ...]:
     return tuple((kind, tuple(int(n) for n in re.findall(r"\d+", dims))) for kind, dims in found)
 
 
-def _size(shape: Shape) -> int:
-    """Bytes."""
+def size_of(shape: Shape) -> int:
+    """Bytes of an array."""
     kind, dims = shape
     bits = BITS.get(kind) if kind in BITS else int(next(iter(re.findall(r"\d+", kind)), "32"))
     return -(-(bits or 0) * math.prod(dims) // 8)
@@ -184,6 +190,9 @@ def _op(instruction: _Instruction, within: Computation, inner: Computation, time
         flops=sum(_flops(part, around) for part, around in parts),
         bytes=_bytes(instruction, within, inner),
         times=times,
+        shapes=instruction.shapes,
+        operands=instruction.operands,
+        attributes=instruction.rest,
     )
 
 
@@ -221,9 +230,9 @@ def _bytes(instruction: _Instruction, within: Computation, inner: Computation) -
     if instruction.opcode.endswith("-done"):
         return 0
     operands = [within[name] for name in instruction.operands if name in within]
-    read = [sum(map(_size, operand.shapes)) for operand in operands]
-    written = sum(map(_size, instruction.shapes))
-    scratch = sum(_size(shape) for shape in instruction.shapes[1:] if shape[0] in ("s8", "u8")) if _target(instruction) else 0
+    read = [sum(map(size_of, operand.shapes)) for operand in operands]
+    written = sum(map(size_of, instruction.shapes))
+    scratch = sum(size_of(shape) for shape in instruction.shapes[1:] if shape[0] in ("s8", "u8")) if _target(instruction) else 0
     if instruction.opcode == "dynamic-slice":
         return 2 * written
     if instruction.opcode == "dynamic-update-slice" and len(operands) > 1:
@@ -234,7 +243,9 @@ def _bytes(instruction: _Instruction, within: Computation, inner: Computation) -
             read[i] = _read_of(name, inner, read[i])
     updates = [part for part in inner.values() if part.opcode == "dynamic-update-slice" and len(part.operands) > 1]
     for update in updates:
-        written -= sum(map(_size, update.shapes)) - sum(map(_size, inner[update.operands[1]].shapes if update.operands[1] in inner else ()))
+        written -= sum(map(size_of, update.shapes)) - sum(
+            map(size_of, inner[update.operands[1]].shapes if update.operands[1] in inner else ())
+        )
     return sum(read) + max(0, written) - scratch
 
 
@@ -242,7 +253,7 @@ def _read_of(name: str, inner: Computation, whole: int) -> int:
     """Bytes of a fusion's parameter that it reads."""
     uses = [part for part in inner.values() if name in part.operands]
     if uses and all(part.opcode in SLICES and part.operands[0] == name for part in uses):
-        return min(whole, sum(sum(map(_size, part.shapes)) for part in uses))
+        return min(whole, sum(sum(map(size_of, part.shapes)) for part in uses))
     if uses and all(part.opcode == "dynamic-update-slice" and part.operands[0] == name for part in uses):
         return 0  # it is written into
     return whole

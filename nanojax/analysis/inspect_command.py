@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from nanojax.analysis.trace import trace_file
 from nanojax.checks import check_types
 from nanojax.cli import FLAT, POSITIONAL, parse, split_preset
 from nanojax.config import Config
@@ -56,14 +57,16 @@ def main(argv: Sequence[str]) -> None:
         return
     command = parse(InspectTraces, argv, prog="nanojax inspect", description=main.__doc__ or "")
 
+    folder = trace_folder(command.what)  # said before seconds of imports, where there is none
+    beside = None if command.other is None else trace_folder(command.other)
+
     from nanojax.analysis.picture import draw
     from nanojax.analysis.report import comparison, report
 
-    folder = trace_folder(command.what)
     profile, about = profiled(folder, command.steps)
-    if command.other is not None:
-        other, _ = profiled(trace_folder(command.other), command.steps)
-        print(comparison(profile, other, (command.what, command.other), command.top))
+    if beside is not None:
+        other, _ = profiled(beside, command.steps)
+        print(comparison(profile, other, (command.what, str(command.other)), command.top))
         return
     steps = "1 step" if profile.steps == 1 else f"{profile.steps} steps"
     title = f"{command.what}: {1e3 * profile.wall:.1f} ms a step by the device's clock, over {steps}"
@@ -76,7 +79,9 @@ def trace_folder(text: str) -> Path:
     folder = Path(text)
     if not folder.is_dir():
         raise UserError(f"inspect takes the folder of a run or a trace, or a preset, and {text!r} is none; try nanojax inspect runs/d12")
-    return folder / "profile" if (folder / "config.json").exists() else folder
+    folder = folder / "profile" if (folder / "config.json").exists() else folder
+    trace_file(folder)
+    return folder
 
 
 def profiled(folder: Path, steps: int | None) -> tuple[Profile, About | None]:

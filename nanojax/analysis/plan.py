@@ -104,12 +104,13 @@ def require_fit(program: Program, compiled: Any, say: Callable[[str], None]) -> 
 
 def expected_seconds(ops: tuple[Op, ...], peak_flops: float, bandwidth: float) -> float:
     """A step's time on one device: products and attention at what they reach of the peak, the rest at what it reaches of the bandwidth."""
-    total = 0.0
-    for op in ops:
-        if op.flops:
-            reached = ATTENTION_REACHED if group_of(op) == ATTENTION else PRODUCTS_REACHED
-            peak = 2 * peak_flops if op.target.endswith("$f8") else peak_flops  # 8 bits are multiplied twice as fast
-            total += op.times * op.flops / (peak * reached)
-        else:
-            total += op.times * op.bytes / (bandwidth * BANDWIDTH_REACHED)
-    return total
+    return sum(seconds_of(op, peak_flops, bandwidth) for op in ops)
+
+
+def seconds_of(op: Op, peak_flops: float, bandwidth: float) -> float:
+    """Of all executions of an operation in a step."""
+    if op.flops:
+        reached = ATTENTION_REACHED if group_of(op) == ATTENTION else PRODUCTS_REACHED
+        peak = 2 * peak_flops if op.target.endswith("$f8") else peak_flops  # 8 bits are multiplied twice as fast
+        return op.times * op.flops / (peak * reached)
+    return op.times * op.bytes / (bandwidth * BANDWIDTH_REACHED)

@@ -15,6 +15,7 @@ from nanojax.errors import UserError
 if TYPE_CHECKING:
     from nanojax.analysis.plan import Trial
 
+MOST_DEVICES = 16_384  # beyond what was ever compiled for here
 UNITS = {"GiB": 2**30, "GB": 10**9, "MiB": 2**20, "MB": 10**6}
 
 
@@ -28,14 +29,23 @@ class PlanCommand:
     """How many. Derived: those there are, or one of a target; on a CPU that many are made up."""
     target: Literal["here", "h100", "h200"] = "here"
     """Devices to compile for: those of this machine, or GPUs that are not there (needs jax's CUDA plugin)."""
+    topology: str | None = None
+    """slices x hosts of a slice x devices of a host, as 64x1x8: compile the step as it is for so many of a target, and say what its
+    devices send each other, what that takes, and what is wrong. Without --mesh, data goes across hosts and fsdp within one."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
         check_types(self)
-        if self.devices is not None and self.devices < 1:
-            raise UserError(f"--devices takes 1 or more, given {self.devices}; leave it out for those there are")
+        if self.devices is not None and not 1 <= self.devices <= MOST_DEVICES:
+            raise UserError(f"--devices takes 1 to {MOST_DEVICES}, given {self.devices}; leave it out for those there are")
         if self.memory is not None:
             parse_bytes(self.memory)
+        if self.topology is not None:
+            parse_topology(self.topology)
+            if self.target == "here":
+                raise UserError(f"--topology {self.topology} is of GPUs that are not there; add --target h200, or h100")
+            if self.devices is not None or self.memory is not None:
+                raise UserError(f"--topology {self.topology} says how many of which memory; drop --devices and --memory")
         parse_mesh(self.config.train.mesh)
 
 
@@ -47,10 +57,28 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_topology(text: str) -> tuple[int, int]:
+    """'64x1x8' -> (hosts, devices of a host). Raises UserError on anything else."""
+    found = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})x([1-9][0-9]?)", text)
+    slices, hosts, devices = map(int, found.groups()) if found else (0, 0, 0)
+    if not 1 <= slices * hosts * devices <= MOST_DEVICES:
+        raise UserError(
+            f"--topology takes slices x hosts x devices of a host, of {MOST_DEVICES} devices at most, given {text!r:.40}; "
+            "try 64x1x8: 64 hosts of 8"
+        )
+    return slices * hosts, devices
+
+
 def main(argv: Sequence[str]) -> None:
     """Find the largest microbatch and the least rematerialisation that fit, by compiling alone."""
     config, rest = split_preset(argv)
     command = parse(PlanCommand, rest, prog="nanojax plan [PRESET.py]", description=main.__doc__ or "", default=PlanCommand(config=config))
+
+    if command.topology is not None:
+        from nanojax.analysis.scale_report import plan_topology
+
+        plan_topology(command.config, command.target, command.topology, *parse_topology(command.topology))
+        return
 
     import jax
 
@@ -95,7 +123,7 @@ def devices_of(command: PlanCommand) -> list[Any]:
     from nanojax.analysis.targets import target_devices
 
     if command.target != "here":
-        return target_devices(command.target, command.devices or 1)
+        return target_devices(command.target, f"1x1x{command.devices or 1}")
     if command.devices is not None:
         jax.config.update("jax_num_cpu_devices", command.devices)  # without effect on GPUs
     here = jax.devices()

@@ -49,8 +49,10 @@ def describe(gpu: Gpu) -> str:
     )
 
 
-def target_devices(name: str, count: int) -> list[Any]:
-    """`count` GPUs of one host that programs can be compiled for and not run on. Raises UserError where jax cannot compile for GPUs.
+def target_devices(name: str, topology: str) -> list[Any]:
+    """GPUs that programs can be compiled for and not run on, as slices x hosts of a slice x devices of a host: 64x1x8.
+
+    Raises UserError where jax cannot compile for GPUs.
 
     For a process that uses no GPU itself.
     """
@@ -59,10 +61,10 @@ def target_devices(name: str, count: int) -> list[Any]:
 
     jax.config.update("jax_platforms", "cpu")
     try:
-        topology = topologies.get_topology_desc(platform="cuda", target_config=describe(GPUS[name]), topology=f"1x1x{count}")
+        found = topologies.get_topology_desc(platform="cuda", target_config=describe(GPUS[name]), topology=topology)
     except Exception as error:  # what the plugin raises is not documented
         what = (str(error).splitlines() or [""])[0]
         raise UserError(
             f"compiling for a GPU that is not there needs jax's CUDA plugin ({what:.100}); pip install 'nanojax[cuda]'"
         ) from error
-    return list(topology.devices)
+    return list(found.devices)

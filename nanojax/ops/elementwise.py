@@ -64,6 +64,7 @@ class Elementwise:
     project: Callable = project
     gated: Callable = gated
     nats_and_gradient: Callable = nats_and_gradient
+    """Of the logits that a device has: the loss is summed on each (vocabulary.py)."""
 
 
 PLAIN = Elementwise()
@@ -115,13 +116,8 @@ def kernels(spread: Spread, products: Products | None, *, whole: bool = True, in
             return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how)
 
     def nats(logits_BTV, targets_BT, softcap):
-        def local(logits_BTV, targets_BT):
-            flat = loss_kernel.cross_entropy(
-                logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret
-            )
-            return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
-
-        return spread(local, (ROWS, ROWS), [ROWS, ROWS])(logits_BTV, targets_BT)
+        flat = loss_kernel.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret)
+        return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
 
     def gate_and_up(x_BTD, gate, up):
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
