@@ -91,8 +91,8 @@ def closed_form(model: ModelConfig, mesh: Mapping[str, int], accumulation: int, 
     devices on fsdp and data, M numbers of `size` bytes in the blocks' matrices, H in the head, E in the embedding, G in the gains:
         gathered   A size r(f) (2 M + H + E)                forward and backward; head and embedding once
         scattered  A r(f) (size (M + H) + 4 E)              gradients; the embedding's are fp32
-        reduced    A 2 r(d) (size (M + H) + 4 E) / f        what is left of them, among the copies
-        gains      A 2 r(f d) 4 G
+        reduced    2 r(d) (size (M + H) + 4 E) / f          what is left of them among the copies: XLA does so after the last microbatch
+        gains      2 r(f d) 4 G
         Muon       2 size r(f) M / f                        each device is dealt whole matrices, and hands back their updates
     """
     if mesh["context"] * mesh["tensor"] > 1:
@@ -106,8 +106,8 @@ def closed_form(model: ModelConfig, mesh: Mapping[str, int], accumulation: int, 
     return {
         "weights gathered": accumulation * ring(f) * (2 * matrices + size * (n.head + n.embedding)),
         "gradients scattered": accumulation * ring(f) * gradients,
-        "gradients reduced over data": accumulation * 2 * ring(d) * gradients / f,
-        "gains reduced": accumulation * 2 * ring(f * d) * 4 * n.gains,
+        "gradients reduced over data": 2 * ring(d) * gradients / f,
+        "gains reduced": 2 * ring(f * d) * 4 * n.gains,
         "Muon's matrices dealt out": 2 * ring(f) * matrices / f,
     }
 
@@ -129,7 +129,7 @@ def problems(step: Scaled, gpu_memory: int, smaller: Scaled | None = None) -> li
         found.append(f"XLA gave up on a sharding: {next(line for line in step.said.splitlines() if GAVE_UP in line):.300}")
     if step.asynchronous < LEAST_ASYNCHRONOUS:
         found.append(
-            f"something is computed during {step.asynchronous:.0%} of the bytes of gathers and scatters, not {LEAST_ASYNCHRONOUS:.0%}"
+            f"something is computed during {step.asynchronous:.1%} of the bytes of gathers and scatters, not {LEAST_ASYNCHRONOUS:.0%}"
         )
     if smaller is not None:
         before = Counter(arrays(smaller.collectives))
