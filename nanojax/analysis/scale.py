@@ -129,7 +129,7 @@ def problems(step: Scaled, gpu_memory: int, smaller: Scaled | None = None) -> li
         found.append(f"XLA gave up on a sharding: {next(line for line in step.said.splitlines() if GAVE_UP in line):.300}")
     if step.asynchronous < LEAST_ASYNCHRONOUS:
         found.append(
-            f"something is computed during {step.asynchronous:.0%} of the bytes of gathers and scatters, not {LEAST_ASYNCHRONOUS:.0%}"
+            f"something is computed during {step.asynchronous:.1%} of the bytes of gathers and scatters, not {LEAST_ASYNCHRONOUS:.0%}"
         )
     if smaller is not None:
         before = Counter(arrays(smaller.collectives))
