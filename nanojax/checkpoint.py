@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -9,7 +10,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,9 @@ class Checkpoints:
     left, and puts aside what is damaged; without it, this only reads, and leaves a save that may be under way alone.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None = None, fault: Callable[[int], None] | None = None):
+        """`fault`, of a step, is called as its save is under way, and may raise OSError (faults.py)."""
+        self.folder, self._keep, self._fault = folder, keep, fault
         self._bad: set[int] = set()
         self._pending: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -74,6 +76,8 @@ class Checkpoints:
         """In the background: the rest of a save, its manifest, and then the end of those that are too many."""
         with storage(self.folder):
             saving.result()
+            if self._fault:
+                self._fault(step)
             words = in_words(digests)
             if jax.process_index() == 0:
                 try:
@@ -185,10 +189,8 @@ class Checkpoints:
 
 def parts_of(state: TrainState) -> dict[str, Any]:
     """A state as it lies on disk: parameters can be read alone."""
-    return {
-        "params": state.params,
-        "rest": {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments},
-    }
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
+    return {"params": state.params, "rest": rest}
 
 
 def named(tree: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from nanojax.checkpoint import Checkpoints, state_sha256
 from nanojax.data.loader import Loader
 from nanojax.errors import Interrupted, NonFiniteError, StorageError
 from nanojax.evals.bpb import Validation
+from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
 from nanojax.program import Program
 from nanojax.runs import RunFolder
@@ -154,6 +155,7 @@ class Loop:
     tokenizer_sha256: str
     stop_after: int | None
     interrupts: Interrupts
+    faults: Faults
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
     initial: float | None = None
@@ -213,7 +215,10 @@ class Loop:
                 self.leave(state, f"as --stop-after {self.stop_after} asks")
             self.checkpoints.check()
             self.profile.before(number)
-            state, metrics = self.program.phase(number).train_step(state, self.next_batch(state))
+            nth = self.loader.get_state()["next_step"] + 1
+            batch = self.next_batch(state, number, nth)
+            state = dataclasses.replace(state, params=self.faults.before_step(number, nth, state.params))
+            state, metrics = self.program.phase(number).train_step(state, batch, *self.faults.factors(number, nth))
             if wait_each or first_step_s is None:
                 jax.block_until_ready(metrics)
                 first_step_s = first_step_s or time.perf_counter() - started
@@ -227,11 +232,12 @@ class Loop:
         self.meter.flush()
         return state, first_step_s
 
-    def next_batch(self, state: TrainState) -> Any:
-        """Of the data, which may be slow."""
+    def next_batch(self, state: TrainState, number: int, nth: int) -> Any:
+        """For step `number`, the nth of the data, which may be slow."""
         position = self.loader.get_state()
         try:
             with self.interrupts.waiting():
+                self.faults.before_batch(number, nth)
                 return next(self.loader)
         except Stop:
             self.leave(state, f"on {self.interrupts.name}", position)  # that before: the batch may have been taken, and was not used

@@ -34,7 +34,7 @@ from nanojax.ops.xent import total_nats
 from nanojax.optim import optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.sizes import micro_batch
-from nanojax.step import TrainState, eval_step, microbatch_nats, train_step
+from nanojax.step import TrainState, eval_step, first_state, microbatch_nats, train_step
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 # XLA flags by platform, given to jax.jit, so that no environment variable can be forgotten.
@@ -45,6 +45,31 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
 }
 # Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
 PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
+# Of a run that repeats bit for bit: no atomics in scatters, attention and reductions, and no choice of kernels by their time.
+DETERMINISTIC_OPTIONS: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_deterministic_ops": True}, "cpu": {}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunKind:
+    """How a program is built besides what its config says."""
+
+    profiled: bool = False
+    """Kernels are launched one by one, so that a trace says what each belongs to."""
+    deterministic: bool = False
+    """The same bits from every run on the same devices and versions."""
+    spikes: bool = True
+    """Updates that stand out are left out (spikes.py)."""
+    factors: bool = False
+    """The step takes a third argument, float32 [2], that loss and gradient are multiplied by (faults.py)."""
+
+    def options(self, platform: str) -> dict[str, bool | str]:
+        """XLA's flags."""
+        options: dict[str, bool | str] = dict(COMPILER_OPTIONS.get(platform, {}))
+        options |= PROFILER_OPTIONS.get(platform, {}) if self.profiled else {}
+        return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if self.deterministic else {})
+
+
+USUAL = RunKind()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +139,7 @@ class Phase:
 class Program(Site):
     """What a run computes with. Shardings are derived once and given to init, step, evaluation and restore."""
 
+    run: RunKind
     shapes: TrainState
     """ShapeDtypeStructs."""
     shardings: TrainState
@@ -154,8 +180,9 @@ class Program(Site):
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
+        factors = [jax.ShapeDtypeStruct((2,), jnp.float32, sharding=meshes.replicated(self.mesh))] * self.run.factors
         with jax.set_mesh(self.mesh):
-            return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens)).compile()
+            return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens), *factors).compile()
 
     def check_step(self, compiled: jax.stages.Compiled) -> str:
         """Which attention kernels a compiled step calls, in words. Raises UserError where the backend's own are missing."""
@@ -279,13 +306,12 @@ def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT
 
 
 def make_program(
-    config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None, profiled: bool = False
+    config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None, run: RunKind = USUAL
 ) -> Program:
     """The program of a resolved config on all devices (or those given); nothing is compiled or allocated yet.
 
     `prepare`, for formats of your own, replaces precision.prepare_weights: master weights -> those that products read, in the
-    type of the activations. `profiled`: kernels are launched one by one, so that a trace says what
-    each belongs to. Raises UserError when mesh, batch, attention or precision do not fit the devices.
+    type of the activations. Raises UserError when mesh, batch, attention or precision do not fit the devices.
     """
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
@@ -300,19 +326,17 @@ def make_program(
         key_init, key_run = jax.random.split(key)
         with nnx.use_eager_sharding(False):
             params = parameters(build(key_init))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, skipped=zero, key=jax.random.key_data(key_run), params=params, moments=tx.init(params))
+        return first_state(params, tx.init(params), jax.random.key_data(key_run), spikes=run.spikes)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     by_name, one, batch = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh), meshes.batch_sharding(mesh)
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
-    shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
+    shardings = dataclasses.replace(jax.tree.map(lambda _: one, shapes), params=by_name, moments=moments)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
     total = functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient)
     evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
-    options = COMPILER_OPTIONS.get(site.platform, {}) | (PROFILER_OPTIONS.get(site.platform, {}) if profiled else {})
-    jit = functools.partial(jax.jit, compiler_options=options or None)
+    jit = functools.partial(jax.jit, compiler_options=run.options(site.platform) or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
@@ -322,12 +346,13 @@ def make_program(
         return Phase(
             rounding.format,
             prepare=jax.jit(ready, in_shardings=(by_name,), out_shardings=by_name),
-            train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
+            train_step=jit(step, in_shardings=(shardings, batch) + (one,) * run.factors, out_shardings=(shardings, one), donate_argnums=0),
         )
 
     roundings = [site.rounding] + ([Rounding(site.compute)] if train.fp4_until < 1 else [])
     return Program(
         **vars(site),
+        run=run,
         shapes=shapes,
         shardings=shardings,
         graph=graph,

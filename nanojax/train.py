@@ -13,6 +13,7 @@ from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
 from nanojax.errors import Interrupted, UserError, run_main
+from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def main(argv: Sequence[str]) -> None:
     if command.print_config:
         print(command.config.text(), end="")
         return
+    faults = Faults.from_environment(resumed=command.resume)
 
     from nanojax.data.shards import prepare
     from nanojax.runs import RunFolder
@@ -81,7 +83,7 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(
                     f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}"
                 )
-            train(config, command, folder, data, interrupts, started)
+            train(config, command, folder, data, interrupts, faults, started)
         except Stop:
             words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
             raise Interrupted(words, abrupt=interrupts.abandoned) from None
@@ -131,7 +133,9 @@ def saved_config(path: Path) -> Config:
     return replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
 
 
-def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, interrupts: Interrupts, started: float) -> None:
+def train(
+    config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, interrupts: Interrupts, faults: Faults, started: float
+) -> None:
     """The run itself: program, data, state, loop, summary."""
     import jax
 
@@ -140,32 +144,32 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     from nanojax.data.packing import load_or_make
     from nanojax.evals.bpb import validator
     from nanojax.loop import Loop, Meter
-    from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
+    from nanojax.program import RunKind, keep_compiled_programs, make_program, out_of_memory_told
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
-    program = make_program(config, profiled=command.profile is not None)
+    kind = RunKind(profiled=command.profile is not None, factors=faults.in_step)
+    program, faults.rank = make_program(config, run=kind), jax.process_index()
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
     with interrupts.waiting():
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
+    facts = program.facts | data_facts(data, plan) | {"folder": str(folder.path)} | faults.facts
+    print(telemetry.header(config, facts, peak), flush=True)
     if program.platform == "gpu":
         print(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
     loader = loader_of(program, data, plan)
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep, fault=faults.in_save)
     with jax.set_mesh(program.mesh), out_of_memory_told():
+        with interrupts.waiting():
+            state, saved = checkpoints.restore(program.shapes, program.shardings) if command.resume else (start(program), {})
         if command.resume:
-            with interrupts.waiting():
-                state, saved = checkpoints.restore(program.shapes, program.shardings)
             folder.check_checkpoint(saved, data)
             loader.set_state(saved["data"])
         else:
-            with interrupts.waiting():
-                state, saved = start(program), {}
             folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
             folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
@@ -179,6 +183,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             tokenizer_sha256=data.tokenizer.sha256,
             stop_after=command.stop_after,
             interrupts=interrupts,
+            faults=faults,
         )
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
             loop.on_first_save = functools.partial(folder.write, config, data)
