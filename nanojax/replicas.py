@@ -50,9 +50,7 @@ class Watch:
 
     def start(self, step: int, state: TrainState, busy: float) -> None:
         """Begin to look at the state after `step`; nothing waits for it. `busy`: seconds of a step on this host."""
-        times_D = jax.make_array_from_callback(
-            (self.mesh.size,), self._by_device, lambda at: np.full(len(range(self.mesh.size)[at[0]]), busy)
-        )
+        times_D = jax.make_array_from_callback((self.mesh.size,), self._by_device, lambda _: np.array([busy], np.float32))
         self._held = (step, self._look(state, times_D))
         if self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu":
             jax.block_until_ready(self._held)  # virtual devices deadlock in their rendezvous when work for them queues up
