@@ -135,6 +135,8 @@ class Checkpoints:
                 with storage(self.folder):
                     found = manifest.read(place)
                     found.check_files(place, below="" if len(target) > 1 else "params/")
+                if "rest" in target:
+                    require_same_kind(found, target, place)
                 loaded = self._from_orbax(place, target)
                 found.check_arrays(in_words(digests_of(named(loaded))))
                 return loaded, found
@@ -196,6 +198,17 @@ def parts_of(state: TrainState) -> dict[str, Any]:
 def named(tree: Any) -> dict[str, Any]:
     """Path -> array."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def require_same_kind(found: Manifest, target: dict[str, Any], place: Path) -> None:
+    """Refuse a checkpoint whose state has other parts, parameters and moments aside."""
+    there, wanted = ({name for name in names if name.startswith("rest/")} for names in (found.arrays, named(target)))
+    if strange := sorted(name for name in there ^ wanted if not name.startswith("rest/moments/")):
+        which, flag = ("has no", "an older nanojax or") if strange[0] in wanted else ("has", "a newer nanojax or without")
+        raise UserError(
+            f"checkpoint {place} {which} {strange[0].removeprefix('rest/')}, because {flag} --no-skip-spikes wrote it; "
+            f"go on with the same version and flags, or start anew from its weights with --init-from {place.parent.parent}"
+        )
 
 
 def remove(step: Path) -> None:

@@ -353,6 +353,7 @@ class Loop:
         self.compare(finite=True)
         own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
         own |= {"data": position or self.loader.get_state(), "left_out": self.left_out}
+        own |= {"deterministic": self.program.run.deterministic}
         self.checkpoints.save(state, own)
         if self.on_first_save:
             self.checkpoints.wait()

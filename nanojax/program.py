@@ -27,6 +27,7 @@ from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
 from nanojax.ops.attention_request import Request
+from nanojax.ops.attention_te import require_deterministic
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import fp8_dot
@@ -45,8 +46,12 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
 }
 # Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
 PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
-# Of a run that repeats bit for bit: no atomics in scatters, attention and reductions, and no choice of kernels by their time.
-DETERMINISTIC_OPTIONS: dict[str, dict[str, bool]] = {"gpu": {"xla_gpu_deterministic_ops": True}, "cpu": {}}
+# Of a run that repeats bit for bit: sums in a fixed order in scatters, reductions and cuDNN's attention, and no kernel chosen by its time,
+# which differs from process to process. The last has scatters sorted and scanned; without it they are loops of one row after the other.
+DETERMINISTIC_OPTIONS: dict[str, dict[str, bool | int]] = {
+    "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0, "xla_gpu_enable_scatter_determinism_expander": True},
+    "cpu": {},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,9 +67,15 @@ class RunKind:
     factors: bool = False
     """The step takes a third argument, float32 [2], that loss and gradient are multiplied by (faults.py)."""
 
-    def options(self, platform: str) -> dict[str, bool | str]:
+    @property
+    def facts(self) -> dict[str, str]:
+        """A line for the header where the run is deterministic."""
+        words = "the same bits from every run on the same devices, mesh and versions; what it costs on a GPU is not measured yet"
+        return {"determinism": words} if self.deterministic else {}
+
+    def options(self, platform: str) -> dict[str, bool | int | str]:
         """XLA's flags."""
-        options: dict[str, bool | str] = dict(COMPILER_OPTIONS.get(platform, {}))
+        options: dict[str, bool | int | str] = dict(COMPILER_OPTIONS.get(platform, {}))
         options |= PROFILER_OPTIONS.get(platform, {}) if self.profiled else {}
         return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if self.deterministic else {})
 
@@ -313,6 +324,8 @@ def make_program(
     `prepare`, for formats of your own, replaces precision.prepare_weights: master weights -> those that products read, in the
     type of the activations. Raises UserError when mesh, batch, attention or precision do not fit the devices.
     """
+    if run.deterministic:
+        require_deterministic()
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
     between = elementwise_of(site)

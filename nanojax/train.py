@@ -18,6 +18,7 @@ from nanojax.interrupts import Interrupts, Stop
 
 if TYPE_CHECKING:
     from nanojax.analysis.record import About
+    from nanojax.checkpoint import Checkpoints
     from nanojax.data.loader import Loader
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
@@ -46,6 +47,10 @@ class TrainCommand:
     """Also write scalars for TensorBoard (needs tensorboardX)."""
     peak_tflops: float | None = None
     """Peak of one device in dense bf16, for the MFU. Derived: from a table of devices."""
+    deterministic: bool = False
+    """On GPUs, use only what gives the same bits in every run. CPUs do anyway."""
+    skip_spikes: bool = True
+    """Leave out updates whose loss or gradient norm is 6 standard deviations above the last 128."""
     print_config: bool = False
     """Print the config, flags applied, and stop."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
@@ -148,7 +153,12 @@ def train(
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
-    kind = RunKind(profiled=command.profile is not None, factors=faults.in_step)
+    kind = RunKind(
+        profiled=command.profile is not None,
+        deterministic=command.deterministic,
+        spikes=command.skip_spikes,
+        factors=faults.in_step,
+    )
     program, faults.rank = make_program(config, run=kind), jax.process_index()
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
@@ -156,7 +166,7 @@ def train(
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    facts = program.facts | data_facts(data, plan) | {"folder": str(folder.path)} | faults.facts
+    facts = program.facts | kind.facts | data_facts(data, plan) | {"folder": str(folder.path)} | faults.facts
     print(telemetry.header(config, facts, peak), flush=True)
     if program.platform == "gpu":
         print(interrupts.beside(program.self_test), flush=True)
@@ -164,14 +174,8 @@ def train(
     loader = loader_of(program, data, plan)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep, fault=faults.in_save)
     with jax.set_mesh(program.mesh), out_of_memory_told():
-        with interrupts.waiting():
-            state, saved = checkpoints.restore(program.shapes, program.shardings) if command.resume else (start(program), {})
-        if command.resume:
-            folder.check_checkpoint(saved, data)
-            loader.set_state(saved["data"])
-        else:
-            folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-            folder.write(config, data)
+        state, saved = begin(program, command, folder, data, checkpoints, interrupts)
+        loader.set_state(saved.get("data", loader.get_state()))
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(
             program,
@@ -192,6 +196,24 @@ def train(
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def begin(
+    program: Program, command: TrainCommand, folder: RunFolder, data: Prepared, checkpoints: Checkpoints, interrupts: Interrupts
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, meta of the checkpoint that it is from, empty for a run that begins)."""
+    with interrupts.waiting():
+        if not command.resume:
+            state = start(program)
+        else:
+            state, saved = checkpoints.restore(program.shapes, program.shardings)
+            folder.check_checkpoint(saved, data)
+            if saved.get("deterministic") and not command.deterministic:
+                print("determinism: on until the checkpoint, off from here; add --deterministic to keep it")
+            return state, saved
+    folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+    folder.write(program.config, data)
+    return state, {}
 
 
 def loader_of(program: Program, data: Prepared, plan: Plan) -> Loader:
