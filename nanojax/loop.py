@@ -313,9 +313,10 @@ class Loop:
         step, first = int(state.step), saved["data"]["next_step"]
         self._went_back[type(bad)] = step
         self.meter.rewind(step)
-        words = f"{bad}; back to step {step}"
+        self.left_out, words = list(saved.get("left_out", [])), f"{bad}; back to step {step}"
         if drift:
-            self.loader.set_state({"next_step": first})
+            self._went_back.pop(NonFiniteError, None)  # what was left out since is met again
+            self.loader.set_state(saved["data"])
         else:
             self.loader.set_state({"next_step": read})
             self.left_out.append([first + 1, read])

@@ -209,7 +209,7 @@ class ProfileWindow:
         self.first, self.last = parse_window(window) if window else (-1, -1)
 
     def before(self, step: int) -> None:
-        if step == self.first:
+        if step == self.first and not self._open:  # a run that goes back comes to it again
             jax.profiler.start_trace(str(self.folder))
             self._open = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 
 import jax
@@ -16,7 +17,7 @@ from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
+from nanojax.program import RunKind, keep_compiled_programs, make_program, out_of_memory_told
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -233,3 +234,25 @@ def test_a_cache_that_cannot_be_written_is_refused_before_anything_compiles(tmp_
 def test_a_device_without_memory_left_is_told_in_a_line(words):
     with pytest.raises(UserError, match=r"the devices are out of memory \(.*\); buy more"), out_of_memory_told("buy more"):
         raise jax.errors.JaxRuntimeError(f"{words}\nand more")
+
+
+def test_a_deterministic_program_has_its_flags_on_gpus_and_te_may_choose_only_what_repeats(monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    deterministic = RunKind(deterministic=True)
+    make_program(resolve(CONFIG, 128), jax.devices()[:1])
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "1"
+    make_program(resolve(CONFIG, 128), jax.devices()[:1], run=deterministic)
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    assert deterministic.options("gpu")["xla_gpu_deterministic_ops"] is True
+    assert deterministic.options("gpu").items() >= RunKind().options("gpu").items()
+    assert "xla_gpu_deterministic_ops" not in RunKind().options("gpu")
+    assert deterministic.options("cpu") == {}
+    assert list(deterministic.facts) == ["determinism"]
+
+
+@pytest.mark.parametrize("kind", [RunKind(deterministic=True), RunKind(profiled=True)], ids=["deterministic", "profiled"])
+def test_every_flag_of_xla_is_known_to_this_jaxlib(kind):
+    for name, value in kind.options("gpu").items():  # those of GPUs are parsed on CPUs as well
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_flag": True})(1.0)

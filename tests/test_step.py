@@ -185,6 +185,28 @@ def test_a_step_with_an_infinite_gradient_leaves_parameters_and_moments_bit_for_
     assert same_bits((again.params, again.moments), (direct.params, direct.moments))
 
 
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1), (1, math.nan), (1, math.inf)])
+def test_factors_of_loss_and_gradient_make_an_update_that_is_left_out(trainer, loss, gradient):
+    factors = np.array([loss, gradient], np.float32)
+    state, metrics = trainer.step(trainer.start, batch_of(1, 4), factors)
+    assert same_bits((state.params, state.moments), (trainer.start.params, trainer.start.moments))
+    assert (int(state.skipped), int(state.spikes), int(state.in_a_row)) == (1, 0, 1)
+    assert math.isfinite(float(metrics["loss"])) == (loss == 1)
+
+
+def test_a_spike_leaves_parameters_moments_and_schedule_alone_and_is_counted_apart(trainer):
+    """After 128 steps of a gradient as large as that of the first."""
+    first, metrics = trainer.step(trainer.start, batch_of(1, 4), np.ones(2, np.float32))
+    history = {name: jnp.full_like(window, metrics[name]) for name, window in first.history.items()}
+    before = dataclasses.replace(first, history=history, step=first.step + 127)
+    after, metrics = trainer.step(before, batch_of(1, 4), np.array([1, 1e4], np.float32))
+    assert same_bits((after.params, after.moments), (before.params, before.moments))
+    assert (int(after.skipped), int(after.spikes), int(after.in_a_row)) == (0, 1, 1)
+    again, metrics = trainer.step(after, batch_of(1, 4), np.ones(2, np.float32))
+    assert (float(metrics["spikes"]), int(again.in_a_row)) == (1, 0)
+    assert not same_bits(again.params["norm.gain"], before.params["norm.gain"])
+
+
 def test_an_infinite_weight_is_noticed_before_it_spreads(trainer):
     params = trainer.start.params | {"head.w": trainer.start.params["head.w"].at[0, 0].set(jnp.inf)}
     start = dataclasses.replace(trainer.start, params=params)
