@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -144,3 +146,51 @@ def on_eight_devices(code: str) -> str:
 @pytest.mark.slow
 def test_a_bit_that_flips_on_any_of_eight_devices_is_named_with_its_parameter():
     assert on_eight_devices(FLIPS).splitlines() == ["data=8 True"] * 8 + ["data=4,fsdp=2 True"] * 8
+
+
+PROCESSES = """
+    import sys, jax
+    rank, port = int(sys.argv[1]), sys.argv[2]
+    jax.distributed.initialize(f"127.0.0.1:{port}", 3, rank)
+    import numpy as np
+    from nanojax.config import Config, ModelConfig, TrainConfig
+    from nanojax.errors import DriftError
+    from nanojax.faults import Faults, parse_faults
+    from nanojax.program import make_program
+    from nanojax.replicas import Watch
+    from nanojax.sizes import resolve
+    from dataclasses import replace
+
+    model = ModelConfig(depth=1, d_model=32, head_dim=16, d_ffn=48, seq_len=8, vocab_size=128)
+    program = make_program(resolve(Config(model=model, train=TrainConfig(steps=4, batch_tokens=24)), 128))
+    watch = Watch(program.mesh, program.shardings)
+    with jax.set_mesh(program.mesh):
+        state = jax.block_until_ready(program.init(jax.random.key(0)))
+        faults = Faults(parse_faults("bitflip_param@step=9,rank=1"), rank)
+        for step in (8, 9):
+            state = replace(state, params=faults.before_step(step, step, state.params))
+            watch.start(step, state, 0.2 if rank == 2 else 0.01)
+            step, look = watch.read()
+            try:
+                watch.require_equal(look, step)
+                print("equal", [words[:36] for words in watch.slow(look, 0.4)])
+            except DriftError as error:
+                print(str(error).replace(f"device {jax.devices()[1].id}", "device"))
+"""
+
+
+@pytest.mark.slow
+def test_three_processes_all_hear_which_of_them_is_slow_and_which_has_other_bits():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-c", textwrap.dedent(PROCESSES)]
+    ranks = [
+        subprocess.Popen([*argv, str(rank), port], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(3)
+    ]
+    for process in ranks:
+        out, err = process.communicate(timeout=250)
+        slow, drift = out.splitlines()[-2:] if process.returncode == 0 else (err, "")
+        assert slow == "equal ['process 2 takes 0.200 s of each step']"
+        assert re.fullmatch(r"after step 9, params/\S+ has other bits on device of process 1 than in the other copies", drift)
