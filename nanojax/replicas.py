@@ -18,8 +18,8 @@ from nanojax.errors import DriftError, NonFiniteError
 from nanojax.mesh import replicated
 from nanojax.step import TrainState
 
-# Steps from one look to the next: a process that is slow is to be named within 50, and half of a look's steps must be slow for that. One
-# look reads the state once, as one of some ten passes over it that each step makes, and so costs less than a thousandth of 25 steps.
+# Steps from one look to the next: a process that is slow is to be named within 50, and half of a look's steps must be slow for that. A look
+# reads the state once; with the smallest of models on a CPU it took a thirteenth of a step, 0.3 % of these.
 EVERY = 25
 SLOW = 0.25  # of a step's time: what a process may take on its host beyond what the others take, before it is named
 
