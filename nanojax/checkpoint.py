@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,10 @@ class Checkpoints:
     left, and puts aside what is damaged; without it, this only reads, and leaves a save that may be under way alone.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
+    def __init__(self, folder: Path, keep: int | None = None, fault: Callable[[int], None] | None = None):
+        """`fault`, of a step, is called as its save is under way, and may raise OSError (faults.py)."""
         require_plain_folder(folder)
-        self.folder, self._keep = folder, keep
+        self.folder, self._keep, self._fault = folder, keep, fault
         self._bad: set[int] = set()
         self._damage = ""
         self._seen: dict[tuple[int, str], Manifest] = {}
@@ -109,6 +111,8 @@ class Checkpoints:
         step, needed = what
         with self._whole_or_not_at_all(needed):
             saving.result()
+            if self._fault:
+                self._fault(step)
             words = in_words(digests)
             if jax.process_index() == 0:
                 try:
@@ -195,6 +199,8 @@ class Checkpoints:
         """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
         while True:
             step, found = self._intact(bytes_of(target), "" if len(target) > 1 else PARAMS)
+            if "rest" in target:
+                require_same_kind(found, target, self.folder / str(step))
             loaded = self._from_orbax(self.folder / str(step), target)
             try:
                 found.check_arrays(in_words(digests_of(named(loaded))))
@@ -254,15 +260,24 @@ class Checkpoints:
 
 def parts_of(state: TrainState) -> dict[str, Any]:
     """A state as it lies on disk: parameters can be read alone."""
-    return {
-        "params": state.params,
-        "rest": {"step": state.step, "skipped": state.skipped, "key": state.key, "moments": state.moments},
-    }
+    rest = {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "params"}
+    return {"params": state.params, "rest": rest}
 
 
 def named(tree: Any) -> dict[str, Any]:
     """Path -> array."""
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def require_same_kind(found: Manifest, target: dict[str, Any], place: Path) -> None:
+    """Refuse a checkpoint whose state has other parts, parameters and moments aside."""
+    there, wanted = ({name for name in names if name.startswith("rest/")} for names in (found.arrays, named(target)))
+    if strange := sorted(name for name in there ^ wanted if not name.startswith("rest/moments/")):
+        which, flag = ("has no", "an older nanojax or") if strange[0] in wanted else ("has", "a newer nanojax or without")
+        raise UserError(
+            f"checkpoint {place} {which} {strange[0].removeprefix('rest/')}, because {flag} --no-skip-spikes wrote it; "
+            f"go on with the same version and flags, or start anew from its weights with --init-from {place.parent.parent}"
+        )
 
 
 def remove(step: Path) -> None:

@@ -22,7 +22,7 @@ class UserError(NanoJaxError, ValueError):
 
 
 class NonFiniteError(NanoJaxError):
-    """NaN or infinity, of training that cannot go on, or of a model that says nothing."""
+    """NaN, infinity or spikes, of training that cannot go on, or of a model that says nothing."""
 
     exit_code = 3
 
@@ -31,6 +31,12 @@ class StorageError(NanoJaxError, OSError):
     """A disk is full, read-only or gone."""
 
     exit_code = 4
+
+
+class DriftError(NanoJaxError):
+    """Copies of one state on several devices are no longer equal: a device, its memory or a wire is at fault."""
+
+    exit_code = 5
 
 
 class Interrupted(NanoJaxError):

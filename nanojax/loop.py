@@ -7,24 +7,27 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
 
 from nanojax.checkpoint import Checkpoints, state_sha256
 from nanojax.data.loader import Loader
-from nanojax.errors import Interrupted, NonFiniteError, StorageError
+from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError, StorageError
 from nanojax.evals.bpb import Validation
+from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
 from nanojax.program import Program
+from nanojax.replicas import EVERY, Watch
 from nanojax.runs import RunFolder
 from nanojax.sizes import flops_per_token
 from nanojax.step import TrainState
 from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, Sink, TensorBoard, peak_memory_bytes
 
 WARMUP_STEPS = 3  # left out of tokens/s: compilation, autotuning and first touches of memory
-MAX_SKIPPED_IN_A_ROW = 20
+MAX_IN_A_ROW = 20  # updates that are left out, before the run goes back
 
 
 @dataclasses.dataclass
@@ -40,10 +43,14 @@ class Meter:
     steps: int
     seconds: list[float] = dataclasses.field(default_factory=list)
     loss: float = math.nan
+    in_a_row: int = 0
+    """Updates left out since the last one that was made, as of the step that was read last."""
+    hosts: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=EVERY))
+    """Seconds of the last steps that this process did not wait for devices."""
     _held: tuple[int, Any] | None = None
     _since: float | None = None
     _read: int = 0
-    _skipped: tuple[float, int] = (0.0, 0)
+    _waited: float = 0.0
 
     @classmethod
     def of(cls, program: Program, peak: float | None, bytes_per_token: float, folder: RunFolder, *, tensorboard: bool, done: int) -> Meter:
@@ -83,25 +90,48 @@ class Meter:
         if self._held is None:
             return
         (step, metrics), self._held = self._held, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        with self.waiting():
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now, since, self._since = time.perf_counter(), self._since, time.perf_counter()
         self._read += 1
         took = None if since is None or self._read <= WARMUP_STEPS else now - since
         if took is not None:
             self.seconds.append(took)
-        self.loss = values["loss"]
-        self._count_skipped(step, values["skipped"])
+            self.hosts.append(took - self._waited)
+        self._waited = 0.0
+        self.loss, self.in_a_row = values["loss"], int(values["in_a_row"])
         record: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, **values, "bpb": self._bpb(self.loss)}
         if took is not None:
             record |= {"tokens_per_second": self.tokens_per_step / took, "seconds": took}
         self.write(record)
         self.progress.update(step, self._text(values, took), None if took is None else (self.steps - step) * took)
+        if self.in_a_row > MAX_IN_A_ROW:
+            raise NonFiniteError(f"{self.in_a_row} updates in a row, up to step {step}, were not finite or spikes, and were left out")
 
     def pause(self) -> None:
         """Finish what runs, without timing it: the host came here early, and what follows belongs to no step."""
         self._since = None
         self.flush()
         self._since = None
+
+    @property
+    def busy(self) -> float:
+        """Seconds of a step that this process takes without waiting for devices, the median of the last; NaN before there is one."""
+        return statistics.median(self.hosts) if self.hosts else math.nan
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for devices."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step; a step that is held was of it."""
+        self._held = self._since = None
+        self.in_a_row = 0
+        for sink in self.sinks:
+            sink.rewind(step)
 
     def write(self, record: dict[str, Any]) -> None:
         for sink in self.sinks:
@@ -128,16 +158,7 @@ class Meter:
             rate = self.tokens_per_step / took
             mfu = self.mfu(rate)
             text += f"  {rate:,.0f} tok/s" + (f"  {mfu:.1%} MFU" if mfu is not None else "")
-        return text + (f"  {int(values['skipped'])} skipped" if values["skipped"] else "")
-
-    def _count_skipped(self, step: int, skipped: float) -> None:
-        before, row = self._skipped
-        self._skipped = (skipped, row + 1 if skipped > before else 0)
-        if self._skipped[1] > MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{self._skipped[1]} updates in a row, up to step {step}, were not finite and were skipped; "
-                f"lower --optim.matrix-lr and --optim.embedding-lr and start again with --resume"
-            )
+        return text + "".join(f"  {int(values[name])} {name}" for name in ("skipped", "spikes") if values[name])
 
 
 @dataclasses.dataclass
@@ -154,10 +175,19 @@ class Loop:
     tokenizer_sha256: str
     stop_after: int | None
     interrupts: Interrupts
+    faults: Faults
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
     initial: float | None = None
     """Validation bits per byte before the first step."""
+    left_out: list[list[int]] = dataclasses.field(default_factory=list)
+    """[first, last] of the batches that were left out when the run went back to a checkpoint, counted from 1."""
+    watch: Watch = dataclasses.field(init=False)
+    _went_back: dict[type, int] = dataclasses.field(default_factory=dict)
+    """Why the run went back -> the step that it last went back to."""
+
+    def __post_init__(self) -> None:
+        self.watch = Watch(self.program.mesh, self.program.shardings)
 
     def __enter__(self) -> Loop:
         return self
@@ -175,7 +205,7 @@ class Loop:
         `started` is the perf_counter that first_step_s counts from.
         """
         config, done = self.program.config, int(state.step)
-        self.initial = saved.get("val_bpb_initial")
+        self.initial, self.left_out = saved.get("val_bpb_initial"), list(saved.get("left_out", []))
         if self.initial is None:
             self.initial = self.validate(state, done).bpb
         state, first_step_s = self.fit(state, done, started)
@@ -199,49 +229,133 @@ class Loop:
             "precision": self.program.phase(config.steps).precision,
             "mesh": dict(self.program.mesh.shape),
             "skipped": int(state.skipped),
+            "spikes": int(state.spikes),
+            "left_out": self.left_out,
             "state_sha256": state_sha256(state, self.loader.get_state()),
         }
 
     def fit(self, state: TrainState, done: int, started: float) -> tuple[TrainState, float | None]:
         """(state after steps done + 1 .. steps, seconds to the first). Raises Interrupted, with the state saved, when told to stop."""
-        train, first_step_s = self.program.config.train, None
-        steps = self.program.config.steps
-        # Virtual CPU devices deadlock in their rendezvous when steps queue up.
-        wait_each = self.program.platform == "cpu" and self.program.mesh.size > 1
-        for number in range(done + 1, steps + 1):
-            if done < number - 1 == self.stop_after:  # not where a resumed run begins
-                self.leave(state, f"as --stop-after {self.stop_after} asks")
-            self.checkpoints.check()
-            self.profile.before(number)
-            state, metrics = self.program.phase(number).train_step(state, self.next_batch(state))
-            if wait_each or first_step_s is None:
-                jax.block_until_ready(metrics)
+        number, first_step_s = done + 1, None
+        while number <= self.program.config.steps:
+            bad: NanoJaxError | None = None
+            try:
+                if done < number - 1 == self.stop_after:  # not where a resumed run begins
+                    self.leave(state, f"as --stop-after {self.stop_after} asks")
+                state = self.advance(number, state, wait=first_step_s is None)
                 first_step_s = first_step_s or time.perf_counter() - started
-            self.meter.push(number, metrics)
-            self.profile.after(number, metrics)
-            # Saved before it is evaluated: an evaluation that fails must not cost the run.
-            if due(number, train.save_every) or number == steps:
-                self.save(state)
-            if due(number, train.eval_every) and number != steps:
-                self.validate(state, number)
-        self.meter.flush()
+                number += 1
+            except (NonFiniteError, DriftError) as error:
+                bad = error.with_traceback(None)  # which would hold the state
+            if bad is not None:
+                del state  # there may be no room for two
+                state = self.go_back(bad)
+                number = int(state.step) + 1
         return state, first_step_s
 
-    def next_batch(self, state: TrainState) -> Any:
-        """Of the data, which may be slow."""
+    def advance(self, number: int, state: TrainState, *, wait: bool) -> TrainState:
+        """The state after step `number`, saved and evaluated if due. Raises NonFiniteError and DriftError, also those of earlier steps."""
+        config, nth = self.program.config, self.loader.get_state()["next_step"] + 1
+        self.checkpoints.check()
+        self.profile.before(number)
+        batch = self.next_batch(state, number, nth)
+        state = dataclasses.replace(state, params=self.faults.before_step(number, nth, state.params))
+        with self.meter.waiting():
+            state, metrics = self.program.phase(number).train_step(state, batch, *self.faults.factors(number, nth))
+            # Virtual CPU devices deadlock in their rendezvous when steps queue up.
+            if wait or (self.program.platform == "cpu" and self.program.mesh.size > 1):
+                jax.block_until_ready(metrics)
+        self.meter.push(number, metrics)
+        self.profile.after(number, metrics)
+        self.compare()
+        # Saved before it is evaluated: an evaluation that fails must not cost the run.
+        if due(number, config.train.save_every) or number == config.steps:
+            self.save_if_sound(state, number)
+        elif due(number, EVERY) and self.program.mesh.size > 1:
+            self.look(state, number)
+        if due(number, config.train.eval_every) and number != config.steps:
+            self.validate(state, number)
+        return state
+
+    def look(self, state: TrainState, number: int) -> None:
+        """Begin to look at the state; `compare` hears of it."""
+        with self.meter.waiting():
+            self.watch.start(number, state, self.meter.busy)
+
+    def compare(self, *, finite: bool = False) -> None:
+        """What was seen at the last look. Raises DriftError where copies differ and, if `finite` is asked for, NonFiniteError."""
+        with self.meter.waiting():
+            seen = self.watch.read()
+        if seen is None:
+            return
+        step, found = seen
+        self.watch.require_equal(found, step)
+        if finite:
+            self.watch.require_finite(found, step)
+        for words in self.watch.slow(found, statistics.median(self.meter.seconds or [math.inf])):
+            self.meter.progress.say(f"step {step}  {words}")
+
+    def go_back(self, bad: NanoJaxError) -> TrainState:
+        """The state of the last checkpoint. After bad numbers the data goes on behind what was read since; after a drift it is read again.
+
+        All processes see the same numbers, so all of them come here at the same step. Raises `bad` with what to do where there is no
+        checkpoint, or where the run went back to this one already.
+        """
+        with contextlib.suppress(NonFiniteError):
+            self.checkpoints.wait()
+        step, drift = self.checkpoints.latest, isinstance(bad, DriftError)
+        if step is None or (DriftError in self._went_back if drift else step == self._went_back.get(NonFiniteError)):
+            why = "there is no checkpoint to go back to" if step is None else f"going back to step {step} was no help"
+            remedy = "look at the data, or start anew with lower --optim.matrix-lr and --optim.embedding-lr"
+            raise type(bad)(f"{bad}; {why}; {'go on without that device' if drift else remedy}")
+        read = self.loader.get_state()["next_step"]
+        state, saved = self.checkpoints.restore(self.program.shapes, self.program.shardings)
+        step, first = int(state.step), saved["data"]["next_step"]
+        self._went_back[type(bad)] = step
+        self.meter.rewind(step)
+        self.left_out, words = list(saved.get("left_out", [])), f"{bad}; back to step {step}"
+        if drift:
+            self._went_back.pop(NonFiniteError, None)  # what was left out since is met again
+            self.loader.set_state(saved["data"])
+        else:
+            self.loader.set_state({"next_step": read})
+            self.left_out.append([first + 1, read])
+            self.meter.write({"step": step, "left_out": [first + 1, read]})
+            words += f", and on with batch {read + 1}: those from {first + 1} are left out"
+        self.meter.progress.say(words)
+        return state
+
+    def next_batch(self, state: TrainState, number: int, nth: int) -> Any:
+        """For step `number`, the nth of the data, which may be slow."""
         position = self.loader.get_state()
         try:
             with self.interrupts.waiting():
+                self.faults.before_batch(number, nth)
                 return next(self.loader)
         except Stop:
             self.leave(state, f"on {self.interrupts.name}", position)  # that before: the batch may have been taken, and was not used
 
+    def save_if_sound(self, state: TrainState, number: int) -> None:
+        """Save, unless updates are being left out just now: the run may have to go back to before it came to that."""
+        self.meter.pause()
+        if self.meter.in_a_row and number != self.program.config.steps:
+            self.meter.progress.say(f"step {number} is not saved: the last {self.meter.in_a_row} updates were left out")
+        else:
+            self.save(state)
+
     def save(self, state: TrainState, position: dict[str, int] | None = None) -> None:
-        """Start saving, with the position in the data: that of the loader, if no other."""
+        """Start saving, with the position in the data: that of the loader, if no other.
+
+        Raises DriftError and NonFiniteError instead of saving copies that differ or parameters that are not finite.
+        """
         self.meter.pause()
         config = self.program.config
+        self.look(state, int(state.step))
+        self.compare(finite=True)
         own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
-        self.checkpoints.save(state, own | {"data": position or self.loader.get_state()})
+        own |= {"data": position or self.loader.get_state(), "left_out": self.left_out}
+        own |= {"deterministic": self.program.run.deterministic}
+        self.checkpoints.save(state, own)
         if self.on_first_save:
             self.checkpoints.wait()
             self.on_first_save()

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
@@ -29,6 +30,7 @@ from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_a
 from nanojax.ops.attention_check import self_test
 from nanojax.ops.attention_context import key_heads
 from nanojax.ops.attention_request import Request
+from nanojax.ops.attention_te import require_deterministic
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
@@ -36,20 +38,13 @@ from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.spread import Spread
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.xent import total_nats
-from nanojax.optim import optimizer, schedule
+from nanojax.optim import Axes, optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
+from nanojax.run_kind import USUAL, RunKind
 from nanojax.sizes import micro_batch
-from nanojax.step import TrainState, eval_step, microbatch_nats, train_step
+from nanojax.step import TrainState, eval_step, first_state, microbatch_nats, train_step
 
 DTYPES = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
-# XLA flags by platform, given to jax.jit, so that no environment variable can be forgotten.
-COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
-    # cuBLAS beats XLA's Triton products at these shapes, and compiling takes half the time (scripts/bench/LOG.md).
-    "gpu": {"xla_gpu_enable_triton_gemm": False},
-    "cpu": {},
-}
-# Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
-PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +117,7 @@ class Phase:
 class Program(Site):
     """What a run computes with. Shardings are derived once and given to init, step, evaluation and restore."""
 
+    run: RunKind
     shapes: TrainState
     """ShapeDtypeStructs."""
     shardings: TrainState
@@ -162,8 +158,9 @@ class Program(Site):
         state = jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings)
         shape_ABT = (self.accumulation, self.rows, self.config.model.seq_len)
         tokens: Any = jax.ShapeDtypeStruct(shape_ABT, jnp.int32, sharding=meshes.batch_sharding(self.mesh))
+        factors = [jax.ShapeDtypeStruct((2,), jnp.float32, sharding=meshes.replicated(self.mesh))] * self.run.factors
         with jax.set_mesh(self.mesh):
-            return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens)).compile()
+            return self.phase(step).train_step.lower(state, Batch(tokens, tokens, tokens), *factors).compile()
 
     def check_step(self, compiled: jax.stages.Compiled) -> str:
         """Which attention kernels a compiled step calls, in words. Raises UserError where the backend's own are missing."""
@@ -308,15 +305,23 @@ def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT
     )
 
 
+def optimizer_of(site: Site, axes: Axes) -> optax.GradientTransformation:
+    """That of a site's config, for parameters with these logical axes."""
+    c, cut = site.config, site.mesh.shape["fsdp"] * site.mesh.shape["tensor"] > 1
+    sizes = dict(steps=c.steps, batch_tokens=c.batch_tokens, d_model=c.model.width)
+    return optimizer(c.optim, **sizes, ns_dtype=DTYPES[site.compute], axes=axes if cut else None)
+
+
 def make_program(
-    config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None, profiled: bool = False
+    config: Config, devices: list[jax.Device] | None = None, *, prepare: Callable | None = None, run: RunKind = USUAL
 ) -> Program:
     """The program of a resolved config on all devices (or those given); nothing is compiled or allocated yet.
 
     `prepare`, for formats of your own, replaces precision.prepare_weights: master weights -> those that products read, in the
-    type of the activations. `profiled`: kernels are launched one by one, so that a trace says what
-    each belongs to. Raises UserError when mesh, batch, attention or precision do not fit the devices.
+    type of the activations. Raises UserError when mesh, batch, attention or precision do not fit the devices.
     """
+    if run.deterministic:
+        require_deterministic()
     site = choose_site(config, devices)
     mesh, dtype, train = site.mesh, DTYPES[site.compute], config.train
     between = elementwise_of(site)
@@ -324,28 +329,24 @@ def make_program(
 
     with nnx.use_eager_sharding(False):  # parameters get their shardings from the table below, all at once
         graph, _, axes = split(lambda: build(jax.random.key(0)))
-    cut = axes if mesh.shape["fsdp"] * mesh.shape["tensor"] > 1 else None
-    sizes = dict(steps=config.steps, batch_tokens=config.batch_tokens, d_model=config.model.width)
-    tx = optimizer(config.optim, **sizes, ns_dtype=dtype, axes=cut)
+    tx = optimizer_of(site, axes)
 
     def init(key: Array) -> TrainState:
         key_init, key_run = jax.random.split(key)
         with nnx.use_eager_sharding(False):
             params = parameters(build(key_init))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, skipped=zero, key=jax.random.key_data(key_run), params=params, moments=tx.init(params))
+        return first_state(params, tx.init(params), jax.random.key_data(key_run), spikes=run.spikes)
 
     shapes = jax.eval_shape(init, jax.random.key(0))
     by_name, one, batch = meshes.parameter_shardings(axes, mesh), meshes.replicated(mesh), meshes.batch_sharding(mesh)
     moments = meshes.moment_shardings(shapes.moments, by_name, mesh)
-    shardings = TrainState(step=one, skipped=one, key=one, params=by_name, moments=moments)
+    shardings = dataclasses.replace(jax.tree.map(lambda _: one, shapes), params=by_name, moments=moments)
     meshes.require_sharded(shapes, shardings, mesh)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
     total = vocabulary.per_device(functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient), mesh)
     evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
-    options = COMPILER_OPTIONS.get(site.platform, {}) | (PROFILER_OPTIONS.get(site.platform, {}) if profiled else {})
-    jit = functools.partial(jax.jit, compiler_options=options or None)
+    jit = functools.partial(jax.jit, compiler_options=run.options(site.platform) or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
@@ -355,12 +356,13 @@ def make_program(
         return Phase(
             rounding.format,
             prepare=jax.jit(ready, in_shardings=(by_name,), out_shardings=by_name),
-            train_step=jit(step, in_shardings=(shardings, batch), out_shardings=(shardings, one), donate_argnums=0),
+            train_step=jit(step, in_shardings=(shardings, batch) + (one,) * run.factors, out_shardings=(shardings, one), donate_argnums=0),
         )
 
     roundings = [site.rounding] + ([Rounding(site.compute)] if train.fp4_until < 1 else [])
     return Program(
         **vars(site),
+        run=run,
         shapes=shapes,
         shardings=shardings,
         graph=graph,

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from nanojax.model import give_keys, merge
 from nanojax.ops.xent import IGNORED, token_nats
+from nanojax.spikes import judge, no_history
 
 
 @jax.tree_util.register_dataclass
@@ -24,10 +25,22 @@ class TrainState:
     step: Any
     skipped: Any
     """Steps whose update was not finite and was left out."""
+    spikes: Any
+    """Steps whose loss or gradient stood out and whose update was left out (spikes.py)."""
+    in_a_row: Any
+    """Of both, those since the last update."""
+    history: dict[str, Any]
+    """What spikes are told by, float32 [W] each; empty where none are."""
     key: Any
     """The run's random key as uint32 data; a step that draws wraps it and folds its own number in."""
     params: dict[str, Any]
     moments: Any
+
+
+def first_state(params: dict[str, Array], moments: Any, key: Array, *, spikes: bool = True) -> TrainState:
+    """The state before the first step. `spikes`: whether updates that stand out are to be left out."""
+    zero, history = jnp.zeros((), jnp.int32), no_history() if spikes else {}
+    return TrainState(step=zero, skipped=zero, spikes=zero, in_a_row=zero, history=history, key=key, params=params, moments=moments)
 
 
 def microbatch_nats(
@@ -44,7 +57,7 @@ def microbatch_nats(
 def train_step(
     state: TrainState,
     batch: Any,
-    *,
+    *factors: Array,
     tx: optax.GradientTransformation,
     lr: optax.Schedule,
     prepare: Callable,
@@ -55,6 +68,7 @@ def train_step(
 
     The loss is the sum over valid targets over their count in the whole batch, so a microbatch without any changes nothing.
     `prepare` makes the weights that `loss(weights, microbatch, key)` reads; what it rounds, gradients pass straight through.
+    `factors`, if any, are one array [2], of the loss and of the gradient (faults.py).
     """
     with jax.named_scope("prepare"):
         weights = prepare(state.params)
@@ -71,17 +85,32 @@ def train_step(
     keys = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step), len(batch.targets))
     (nats, grads), _ = jax.lax.scan(accumulate, (jnp.zeros((), jnp.float32), zeros), (batch, keys))
     count = jnp.maximum(1, jnp.sum(batch.targets != IGNORED)).astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, grads)
+    if factors:
+        nats, grads = nats * factors[0][0], jax.tree.map(lambda g: g * factors[0][1], grads)
+    loss_mean, grads = nats / count, jax.tree.map(lambda g: g / count, grads)
     with jax.named_scope("optimizer"):
-        norm = optax.tree.norm(grads)
+        norm = jnp.asarray(optax.tree.norm(grads))
         updates, moments = tx.update(grads, state.moments, state.params)
         params = optax.apply_updates(state.params, updates)
-    ok = jnp.isfinite(norm) & jnp.isfinite(nats)
+    finite = jnp.isfinite(norm) & jnp.isfinite(nats)
+    with jax.named_scope("spikes"):
+        values = {"loss": loss_mean, "grad_norm": norm}
+        spike, history = judge(state.history, state.step - state.skipped, finite, values)
+    ok = finite & ~spike
     params, moments = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, moments), (state.params, state.moments))
-    rate = lr(state.step - state.skipped)  # a skipped step does not move the schedule
-    state = TrainState(step=state.step + 1, skipped=state.skipped + ~ok, key=state.key, params=params, moments=moments)
-    metrics = {"loss": nats / count, "grad_norm": norm, "lr": rate, "skipped": state.skipped.astype(jnp.float32)}
-    return state, metrics
+    rate = jnp.asarray(lr(state.step - state.skipped - state.spikes))  # a step that is left out does not move the schedule
+    state = TrainState(
+        step=state.step + 1,
+        skipped=state.skipped + ~finite,
+        spikes=state.spikes + spike,
+        in_a_row=jnp.where(ok, 0, state.in_a_row + 1),
+        history=history,
+        key=state.key,
+        params=params,
+        moments=moments,
+    )
+    counts = {name: getattr(state, name).astype(jnp.float32) for name in ("skipped", "spikes", "in_a_row")}
+    return state, values | {"lr": rate} | counts
 
 
 def eval_step(graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, bytes_V: Array, *, blocks: int, packed: bool) -> dict[str, Array]:

@@ -99,6 +99,7 @@ class Sink(Protocol):
     """Where a record of metrics goes."""
 
     def write(self, record: dict[str, Any]) -> None: ...
+    def rewind(self, step: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -107,6 +108,10 @@ class JsonLines:
 
     def __init__(self, path: Path, done: int):
         self.path = path
+        self._open(done)
+
+    def _open(self, done: int) -> None:
+        path = self.path
         try:
             records = read_lines(path) if path.exists() else []
             kept = [record for record in records if record["step"] <= done]
@@ -127,6 +132,11 @@ class JsonLines:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror}; free space there and start again with --resume") from error
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of later steps: they come again."""
+        self.close()
+        self._open(step)
 
     def close(self) -> None:
         self._file.close()
@@ -155,6 +165,9 @@ class TensorBoard:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._writer.add_scalar(name, value, record["step"])
+
+    def rewind(self, step: int) -> None:
+        """Nothing: what is written stays, and the same steps are drawn over it."""
 
     def close(self) -> None:
         self._writer.close()
@@ -202,7 +215,7 @@ class ProfileWindow:
         self.first, self.last = parse_window(window) if window else (-1, -1)
 
     def before(self, step: int) -> None:
-        if step == self.first:
+        if step == self.first and not self._open:  # a run that goes back comes to it again
             jax.profiler.start_trace(str(self.folder))
             self._open = True
 

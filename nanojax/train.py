@@ -13,6 +13,7 @@ from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
 from nanojax.errors import Interrupted, UserError, run_main
+from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
 
 if TYPE_CHECKING:
@@ -46,6 +47,10 @@ class TrainCommand:
     """Also write scalars for TensorBoard (needs tensorboardX)."""
     peak_tflops: float | None = None
     """Peak of one device in dense bf16, for the MFU. Derived: from a table of devices."""
+    deterministic: bool = False
+    """On GPUs, use only what gives the same bits in every run. CPUs do anyway."""
+    skip_spikes: bool = True
+    """Leave out updates whose loss or gradient norm is 6 standard deviations above the last 128."""
     print_config: bool = False
     """Print the config, flags applied and what follows from them filled in, and stop; what is None follows from the devices."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
@@ -58,6 +63,7 @@ def main(argv: Sequence[str]) -> None:
     if command.print_config:
         print(derived(command.config).text(), end="")
         return
+    faults = Faults.from_environment(resumed=command.resume)
 
     from nanojax.data.shards import prepare
     from nanojax.runs import RunFolder
@@ -84,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError(
                     f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}"
                 )
-            train(config, command, folder, data, interrupts, started)
+            train(config, command, folder, data, interrupts, faults, started)
         except Stop:
             words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
             raise Interrupted(words, abrupt=interrupts.abandoned) from None
@@ -150,7 +156,9 @@ def saved_config(path: Path) -> Config:
     return replace(saved, data=replace(saved.data, tokenizer=str(folder.path / "tokenizer.json")))
 
 
-def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, interrupts: Interrupts, started: float) -> None:
+def train(
+    config: Config, command: TrainCommand, folder: RunFolder, data: Prepared, interrupts: Interrupts, faults: Faults, started: float
+) -> None:
     """The run itself: program, data, state, loop, summary."""
     import jax
 
@@ -159,11 +167,18 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     from nanojax.evals.bpb import validator
     from nanojax.loop import Loop, Meter
     from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
+    from nanojax.run_kind import RunKind
 
     profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
     keep_compiled_programs(config.data.cache)
-    checkpoints = open_checkpoints(config, command, folder, interrupts)
-    program = make_program(config, profiled=command.profile is not None)
+    checkpoints = open_checkpoints(config, command, folder, interrupts, faults)
+    kind = RunKind(
+        profiled=command.profile is not None,
+        deterministic=command.deterministic,
+        spikes=command.skip_spikes,
+        factors=faults.in_step,
+    )
+    program, faults.rank = make_program(config, run=kind), jax.process_index()
     checkpoints.require_space(program.shapes)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
@@ -171,22 +186,15 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
+    facts = program.facts | kind.facts | data_facts(data, plan) | {"folder": str(folder.path)} | faults.facts
+    print(telemetry.header(config, facts, peak), flush=True)
     if program.platform == "gpu":
         print(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
     loader = loader_of(program, data, plan)
     with jax.set_mesh(program.mesh), out_of_memory_told():
-        if command.resume:
-            with interrupts.waiting():
-                state, saved = checkpoints.restore(program.shapes, program.shardings)
-            folder.check_checkpoint(saved, data)
-            loader.set_state(saved["data"])
-        else:
-            with interrupts.waiting():
-                state, saved = start(program), {}
-            folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-            folder.write(config, data)
+        state, saved = begin(program, command, folder, data, checkpoints, interrupts)
+        loader.set_state(saved.get("data", loader.get_state()))
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(
             program,
@@ -198,6 +206,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             tokenizer_sha256=data.tokenizer.sha256,
             stop_after=command.stop_after,
             interrupts=interrupts,
+            faults=faults,
         )
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
             loop.on_first_save = functools.partial(folder.write, config, data)
@@ -208,13 +217,13 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
 
 
-def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, interrupts: Interrupts) -> Checkpoints:
+def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, interrupts: Interrupts, faults: Faults) -> Checkpoints:
     """Those of the run. What it goes on from, or begins with, is found to be whole before anything is compiled."""
     from nanojax.checkpoint import PARAMS, Checkpoints
     from nanojax.runs import RunFolder
     from nanojax.sizes import count_parameters, state_bytes
 
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep, fault=faults.in_save)
     with interrupts.waiting():
         if command.resume:
             checkpoints.verify(state_bytes(config.model))
@@ -223,6 +232,24 @@ def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, i
             source.verify(4 * count_parameters(config.model).total, PARAMS)
             source.close()
     return checkpoints
+
+
+def begin(
+    program: Program, command: TrainCommand, folder: RunFolder, data: Prepared, checkpoints: Checkpoints, interrupts: Interrupts
+) -> tuple[TrainState, dict[str, Any]]:
+    """(state, meta of the checkpoint that it is from, empty for a run that begins)."""
+    with interrupts.waiting():
+        if not command.resume:
+            state = start(program)
+        else:
+            state, saved = checkpoints.restore(program.shapes, program.shardings)
+            folder.check_checkpoint(saved, data)
+            if saved.get("deterministic") and not command.deterministic:
+                print("determinism: on until the checkpoint, off from here; add --deterministic to keep it")
+            return state, saved
+    folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+    folder.write(program.config, data)
+    return state, {}
 
 
 def loader_of(program: Program, data: Prepared, plan: Plan) -> Loader:

@@ -27,6 +27,9 @@ def small_state(step: int = 3) -> TrainState:
     return TrainState(
         step=jnp.int32(step),
         skipped=jnp.int32(1),
+        spikes=jnp.int32(2),
+        in_a_row=jnp.int32(0),
+        history={"loss": jnp.arange(4.0)},
         key=jnp.array([0, 42], jnp.uint32),
         params=params,
         moments=({"count": jnp.int32(9)}, {name: jnp.asarray(rng.standard_normal(p.shape), jnp.float32) for name, p in params.items()}),

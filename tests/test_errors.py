@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nanojax.errors import Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError, run_main
+from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError, run_main
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,6 +34,7 @@ def outcome(main, argv=()) -> int:
         (UserError("bad flag"), 2, "error"),
         (NonFiniteError("loss is nan"), 3, "error"),
         (StorageError("disk is full"), 4, "error"),
+        (DriftError("copies differ"), 5, "error"),
         (NanoJaxError("something else"), 1, "error"),
         (Interrupted("stopped at step 3"), 75, "interrupted"),
     ],

@@ -24,8 +24,8 @@ from nanojax.ops.fp4 import dequantize
 from nanojax.ops.xent import total_nats
 from nanojax.optim import label
 from nanojax.precision import Rounding, prepare_weights, quantize_weights
-from nanojax.program import COMPILER_OPTIONS
-from nanojax.step import TrainState, microbatch_nats, train_step
+from nanojax.run_kind import USUAL
+from nanojax.step import first_state, microbatch_nats, train_step
 
 TOTAL = functools.partial(total_nats, blocks=2)
 SIZES = dict(depth=3, d_model=64, n_kv_head=2, head_dim=16, d_ffn=128, seq_len=16, vocab_size=128)
@@ -149,12 +149,11 @@ def read_gradients(loss, prepare, params, batch, scale: float = 1.0) -> dict[str
     """The gradients that nanojax.step's train_step hands its optimizer, jitted as for a run, times `scale`."""
     platform = jax.default_backend()
     keep = optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p=None: (s, g))
-    zero = jnp.zeros((), jnp.int32)
-    start = TrainState(zero, zero, jax.random.key_data(jax.random.key(0)), params, keep.init(params))
+    start = first_state(params, keep.init(params), jax.random.key_data(jax.random.key(0)))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     shardings = {name: NamedSharding(mesh, PartitionSpec()) for name in params}
     step = functools.partial(train_step, tx=keep, lr=lambda _: 0.0, prepare=prepare, loss=loss, shardings=shardings)
-    state, _ = jax.jit(step, compiler_options=COMPILER_OPTIONS.get(platform) or None)(start, batch)
+    state, _ = jax.jit(step, compiler_options=USUAL.options(platform) or None)(start, batch)
     return {name: np.asarray(g) * scale for name, g in state.moments.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,8 @@ from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import COMPILER_OPTIONS, PROFILER_OPTIONS, keep_compiled_programs, make_program, out_of_memory_told, request_of
+from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told, request_of
+from nanojax.run_kind import RunKind
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -245,15 +247,6 @@ def test_a_device_without_memory_left_is_told_in_a_line(words):
         raise jax.errors.JaxRuntimeError(f"{words}\nand more")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
-def test_every_compiler_flag_that_we_give_is_known_to_this_jaxlib(platform):
-    """Flags of GPUs are parsed on a CPU too."""
-    options = COMPILER_OPTIONS[platform] | PROFILER_OPTIONS[platform]
-    assert jax.jit(lambda x: x + 1, compiler_options=options or None)(1) == 2
-    with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_no_such_flag"):
-        jax.jit(lambda x: x + 1, compiler_options=options | {"xla_gpu_no_such_flag": True})(1)
-
-
 @pytest.mark.gpu
 def test_the_flags_do_on_a_gpu_what_they_are_for():
     """Products are cuBLAS's, and a profiled program has no CUDA graphs."""
@@ -262,8 +255,30 @@ def test_the_flags_do_on_a_gpu_what_they_are_for():
     def text(options):
         return jax.jit(lambda x: jnp.sin(jnp.sin(x @ x) @ x), compiler_options=options).lower(x).compile().as_text()
 
-    ours, profiled = text(COMPILER_OPTIONS["gpu"]), text(COMPILER_OPTIONS["gpu"] | PROFILER_OPTIONS["gpu"])
+    ours, profiled = (text(kind.options("gpu")) for kind in (RunKind(), RunKind(profiled=True)))
     assert "__cublas$" in ours
     assert "__triton_gemm" not in ours
     assert "command_buffer" in ours
     assert "command_buffer" not in profiled
+
+
+def test_a_deterministic_program_has_its_flags_on_gpus_and_te_may_choose_only_what_repeats(monkeypatch):
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
+    deterministic = RunKind(deterministic=True)
+    make_program(resolve(CONFIG, 128), jax.devices()[:1])
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "1"
+    make_program(resolve(CONFIG, 128), jax.devices()[:1], run=deterministic)
+    assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
+    assert deterministic.options("gpu")["xla_gpu_deterministic_ops"] is True
+    assert deterministic.options("gpu").items() >= RunKind().options("gpu").items()
+    assert "xla_gpu_deterministic_ops" not in RunKind().options("gpu")
+    assert deterministic.options("cpu") == {}
+    assert list(deterministic.facts) == ["determinism"]
+
+
+@pytest.mark.parametrize("kind", [RunKind(deterministic=True), RunKind(profiled=True)], ids=["deterministic", "profiled"])
+def test_every_flag_of_xla_is_known_to_this_jaxlib(kind):
+    for name, value in kind.options("gpu").items():  # those of GPUs are parsed on CPUs as well
+        jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
+        jax.jit(lambda x: x + 1, compiler_options={"xla_gpu_no_such_flag": True})(1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from nanojax.optim import label, optimizer, schedule
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.program import make_program
 from nanojax.sizes import resolve
-from nanojax.step import TrainState, eval_step, microbatch_nats, train_step
+from nanojax.step import TrainState, eval_step, first_state, microbatch_nats, train_step
 
 T, V = 8, 64
 OPTIM = OptimConfig(warmup_steps=4, weight_decay=0.1)
@@ -75,12 +76,11 @@ def trainer(tiny_model, mesh) -> Trainer:
         huge = jnp.where(micro.segments[0, 0] == 9, 1e30, 0.0)
         return loss(weights, micro, key) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
 
-    zero = jnp.zeros((), jnp.int32)
-    start = TrainState(step=zero, skipped=zero, key=jax.random.key_data(jax.random.key(0)), params=params, moments=tx.init(params))
+    start = first_state(params, tx.init(params), jax.random.key_data(jax.random.key(0)))
     sgd = make(optax.sgd(1.0), loss)
 
     def descend(batch):
-        state, metrics = sgd(TrainState(zero, zero, start.key, params, optax.sgd(1.0).init(params)), batch)
+        state, metrics = sgd(first_state(params, optax.sgd(1.0).init(params), start.key), batch)
         return jax.tree.map(jnp.subtract, state.params, params), metrics
 
     return Trainer(start, graph, make(tx, poisonable), descend)
@@ -185,9 +185,31 @@ def test_a_step_with_an_infinite_gradient_leaves_parameters_and_moments_bit_for_
     assert same_bits((again.params, again.moments), (direct.params, direct.moments))
 
 
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1), (1, math.nan), (1, math.inf)])
+def test_factors_of_loss_and_gradient_make_an_update_that_is_left_out(trainer, loss, gradient):
+    factors = np.array([loss, gradient], np.float32)
+    state, metrics = trainer.step(trainer.start, batch_of(1, 4), factors)
+    assert same_bits((state.params, state.moments), (trainer.start.params, trainer.start.moments))
+    assert (int(state.skipped), int(state.spikes), int(state.in_a_row)) == (1, 0, 1)
+    assert math.isfinite(float(metrics["loss"])) == (loss == 1)
+
+
+def test_a_spike_leaves_parameters_moments_and_schedule_alone_and_is_counted_apart(trainer):
+    """After 128 steps of a gradient as large as that of the first."""
+    first, metrics = trainer.step(trainer.start, batch_of(1, 4), np.ones(2, np.float32))
+    history = {name: jnp.full_like(window, metrics[name]) for name, window in first.history.items()}
+    before = dataclasses.replace(first, history=history, step=first.step + 127)
+    after, metrics = trainer.step(before, batch_of(1, 4), np.array([1, 1e4], np.float32))
+    assert same_bits((after.params, after.moments), (before.params, before.moments))
+    assert (int(after.skipped), int(after.spikes), int(after.in_a_row)) == (0, 1, 1)
+    again, metrics = trainer.step(after, batch_of(1, 4), np.ones(2, np.float32))
+    assert (float(metrics["spikes"]), int(again.in_a_row)) == (1, 0)
+    assert not same_bits(again.params["norm.gain"], before.params["norm.gain"])
+
+
 def test_an_infinite_weight_is_noticed_before_it_spreads(trainer):
     params = trainer.start.params | {"head.w": trainer.start.params["head.w"].at[0, 0].set(jnp.inf)}
-    start = TrainState(trainer.start.step, trainer.start.skipped, trainer.start.key, params, trainer.start.moments)
+    start = dataclasses.replace(trainer.start, params=params)
     state, metrics = trainer.step(start, batch_of(1, 4))
     assert not math.isfinite(float(metrics["loss"]))
     assert same_bits((state.params, state.moments), (params, start.moments))
@@ -200,7 +222,7 @@ def test_steps_are_counted_and_the_learning_rate_reported_is_that_of_the_step(tr
         state, metrics = trainer.step(state, batch_of(1, 4, seed=step))
         assert int(state.step) == step + 1
         np.testing.assert_allclose(metrics["lr"], (step + 1) / 4, rtol=1e-6)  # four steps of warm-up
-        assert set(metrics) == {"loss", "grad_norm", "lr", "skipped"}
+        assert set(metrics) == {"loss", "grad_norm", "lr", "skipped", "spikes", "in_a_row"}
         assert all((x.shape, x.dtype) == ((), jnp.float32) for x in metrics.values())
 
 

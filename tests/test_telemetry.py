@@ -166,8 +166,9 @@ def meter():
     return make
 
 
-def metrics(loss: float = 2.0, skipped: float = 0.0):
-    return {name: jnp.float32(value) for name, value in dict(loss=loss, skipped=skipped, grad_norm=1.0, lr=1.0).items()}
+def metrics(loss: float = 2.0, in_a_row: int = 0):
+    values = dict(loss=loss, grad_norm=1.0, lr=1.0, skipped=0, spikes=0, in_a_row=in_a_row)
+    return {name: jnp.float32(value) for name, value in values.items()}
 
 
 def test_tokens_per_second_leaves_warm_up_and_pauses_out(meter, clock):
@@ -217,15 +218,39 @@ def test_bits_per_byte_of_the_training_loss(meter):
     assert m.sinks[0].records[0]["bpb"] == pytest.approx(2.0, rel=1e-6)  # the loss is float32
 
 
-def test_twenty_one_skipped_updates_in_a_row_end_the_run(meter):
+def test_twenty_one_updates_in_a_row_that_were_left_out_are_too_many(meter):
     m = meter()
-    for step in range(1, 21):
-        m.push(step, metrics(skipped=step))
-    m.push(21, metrics(skipped=20))  # reads the 20th; this one is finite and begins the count anew
-    for step in range(22, 43):
-        m.push(step, metrics(skipped=step - 1))
-    with pytest.raises(NonFiniteError, match=r"21 updates in a row, up to step 42"):
+    for step in range(1, 22):
+        m.push(step, metrics(in_a_row=step - 1))
+    m.flush()
+    assert m.in_a_row == 20
+    m.push(22, metrics(in_a_row=21))
+    with pytest.raises(NonFiniteError, match=r"21 updates in a row, up to step 22"):
         m.flush()
+
+
+def test_time_that_a_process_does_not_wait_for_devices_is_its_own(meter, clock):
+    m = meter()
+    assert math.isnan(m.busy)
+    for step in range(1, 9):
+        clock.now += 0.25  # data, Python
+        with m.waiting():
+            clock.now += 0.5
+        m.push(step, metrics())
+    assert m.seconds == [0.75] * 4
+    assert m.busy == 0.25
+
+
+def test_a_run_that_goes_back_forgets_the_lines_that_come_again(meter, tmp_path):
+    m = meter(sinks=[JsonLines(tmp_path / "metrics.jsonl", 0)])
+    for step in range(1, 6):
+        m.push(step, metrics(in_a_row=1))
+    m.rewind(2)  # the fifth is held
+    assert m.in_a_row == 0
+    m.push(3, metrics())
+    m.flush()
+    m.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
 def test_a_cadence_of_zero_is_never_due():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -98,7 +99,7 @@ def start(tmp_path_factory):
             if expect is None:
                 train_module.main(argv)
             else:
-                with pytest.raises(expect):
+                with pytest.raises(expect) if expect else contextlib.nullcontext():
                     train_module.main(argv)
         return Run(RunFolder(folder), taken)
 

@@ -27,7 +27,8 @@ from nanojax.mesh import replicated
 from nanojax.model import GPT
 from nanojax.ops.attention import PROMPT_ORDER, AttentionFn, make_attention, resolve
 from nanojax.ops.cache import Cache, empty_cache, grow
-from nanojax.program import COMPILER_OPTIONS, DTYPES, attention_told
+from nanojax.program import DTYPES, attention_told
+from nanojax.run_kind import USUAL
 from nanojax.tokenizer import Tokenizer
 
 Arrays = TypeVar("Arrays")
@@ -70,7 +71,7 @@ class Engine:
         self.context = None if all(window and window <= seq_len for window in windows) else seq_len
         """Tokens that a row may have in its caches; None, with a window in every layer: any number."""
         self.path = path or best_path(model)
-        options = COMPILER_OPTIONS.get(program.platform) or None
+        options = USUAL.options(program.platform) or None
         jit = functools.partial(jax.jit, out_shardings=replicated(self.mesh), compiler_options=options)
         self._grow = jit(self._grown, static_argnums=1)
         self._begin = jit(self._begun, static_argnums=(4, 5))

@@ -6,6 +6,7 @@ B batch, T tokens, N query heads, K key and value heads, H head size, M most doc
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -53,6 +54,11 @@ def te_attention(
         # open any more.
         context_parallel_axis="context",
     )
+
+
+def require_deterministic() -> None:
+    """Have Transformer Engine choose only kernels whose results repeat: it reads this as it chooses one, and allows others by default."""
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
 
 
 def kind(te: Any, packed: bool) -> dict[str, Any]:

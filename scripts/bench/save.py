@@ -5,6 +5,7 @@ States of noise, saved as a run saves them, in the background; the first of each
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from nanojax.checks import require_positive
 from nanojax.cli import parse
 from nanojax.digests import digests_of
 from nanojax.errors import run_main
-from nanojax.step import TrainState
+from nanojax.step import TrainState, first_state
 
 ARRAYS = 16  # of equal size, in parameters and moments together
 
@@ -62,7 +63,7 @@ def noise(megabytes: int, step: int) -> TrainState:
     arrays = [jax.random.normal(key, (megabytes * 2**20 // (4 * ARRAYS),)) for key in keys]
     half = ARRAYS // 2
     params = {f"p{n}": array for n, array in enumerate(arrays[:half])}
-    return TrainState(step=jnp.int32(step), skipped=jnp.int32(0), key=jnp.zeros(2, jnp.uint32), params=params, moments=tuple(arrays[half:]))
+    return dataclasses.replace(first_state(params, tuple(arrays[half:]), jnp.zeros(2, jnp.uint32)), step=jnp.int32(step))
 
 
 def measured(folder: Path, state: TrainState) -> tuple[float, ...]:

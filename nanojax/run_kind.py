@@ -1,0 +1,48 @@
+"""How a program is built besides what its config says, and the flags that XLA is given with it, which no environment can forget."""
+
+from __future__ import annotations
+
+import dataclasses
+
+COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
+    # cuBLAS beats XLA's Triton products at these shapes, and compiling takes half the time (scripts/bench/LOG.md).
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "cpu": {},
+}
+# Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
+PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
+# Of a run that repeats bit for bit: sums in a fixed order in scatters, reductions and cuDNN's attention, and no kernel chosen by its time,
+# which differs from process to process. The last has scatters sorted and scanned; without it they are loops of one row after the other.
+DETERMINISTIC_OPTIONS: dict[str, dict[str, bool | int]] = {
+    "gpu": {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0, "xla_gpu_enable_scatter_determinism_expander": True},
+    "cpu": {},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunKind:
+    """How a program is built besides what its config says."""
+
+    profiled: bool = False
+    """Kernels are launched one by one, so that a trace says what each belongs to."""
+    deterministic: bool = False
+    """The same bits from every run on the same devices and versions."""
+    spikes: bool = True
+    """Updates that stand out are left out (spikes.py)."""
+    factors: bool = False
+    """The step takes a third argument, float32 [2], that loss and gradient are multiplied by (faults.py)."""
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """A line for the header where the run is deterministic."""
+        words = "the same bits from every run on the same devices, mesh and versions; what it costs on a GPU is not measured yet"
+        return {"determinism": words} if self.deterministic else {}
+
+    def options(self, platform: str) -> dict[str, bool | int | str]:
+        """XLA's flags."""
+        options: dict[str, bool | int | str] = dict(COMPILER_OPTIONS.get(platform, {}))
+        options |= PROFILER_OPTIONS.get(platform, {}) if self.profiled else {}
+        return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if self.deterministic else {})
+
+
+USUAL = RunKind()
