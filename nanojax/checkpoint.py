@@ -25,6 +25,7 @@ from nanojax import manifest
 from nanojax.digests import digests_of, in_words
 from nanojax.errors import NonFiniteError, StorageError, UserError
 from nanojax.manifest import Manifest, complete_steps
+from nanojax.peers import ALONE, Peers
 from nanojax.step import TrainState
 
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
@@ -39,12 +40,14 @@ class Checkpoints:
     left, and puts aside what is damaged; without it, this only reads, and leaves a save that may be under way alone.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None):
-        self.folder, self._keep = folder, keep
+    def __init__(self, folder: Path, keep: int | None = None, peers: Peers = ALONE):
+        self.folder, self._keep, self._peers = folder, keep, peers
         self._bad: set[int] = set()
+        self._damage = ""
+        """Of the last that was found damaged, in words."""
         self._pending: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if keep is not None and jax.process_index() == 0:
+        if keep is not None and peers.first:
             with storage(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._clear()
@@ -55,14 +58,14 @@ class Checkpoints:
         return max((step for step in complete_steps(self.folder) if step not in self._bad), default=None)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs.
+        """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs. All processes save.
 
         Raises StorageError, also for the failure of an earlier save.
         """
         assert self._keep is not None, "opened for reading"
         step = int(state.step)
         self.wait()
-        if step == self.latest:
+        if step == self._peers.share(lambda: self.latest):
             return
         parts = parts_of(state)
         digests = digests_of(named(parts))  # before the next step is given these buffers
@@ -75,7 +78,7 @@ class Checkpoints:
         with storage(self.folder):
             saving.result()
             words = in_words(digests)
-            if jax.process_index() == 0:
+            if self._peers.first:
                 try:
                     manifest.write(self.folder / str(step), step, meta, words)
                 except manifest.Damaged as error:
@@ -84,6 +87,7 @@ class Checkpoints:
                     ) from error
                 for old in [n for n in complete_steps(self.folder) if n < step][: -(self._keep or 1) + 1 or None]:
                     remove(self.folder / str(old))
+            self._peers.barrier("checkpoint")  # what is a checkpoint to one process is one to all
 
     def check(self) -> None:
         """Raise StorageError where the save in the background has failed; does not wait."""
@@ -123,22 +127,33 @@ class Checkpoints:
         return self._load({})[1].meta
 
     def _load(self, target: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
-        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
-        damage = ""
+        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words.
+
+        Process 0 looks at the files, and all read the step that it names. What comes back wrong has the same digest everywhere.
+        """
+        while True:
+            found = Manifest(**self._peers.share(lambda: self._newest(below="" if len(target) > 1 else "params/")))
+            place = self.folder / str(found.step)
+            loaded = self._from_orbax(place, target)
+            try:
+                found.check_arrays(in_words(digests_of(named(loaded))))
+                return loaded, found
+            except manifest.Damaged as error:
+                self._put_aside(found.step, f"checkpoint {place} is damaged: {error}")
+
+    def _newest(self, below: str) -> dict[str, Any]:
+        """Of the newest checkpoint whose files are those of its manifest, the manifest without them."""
         while (step := self.latest) is not None:
             place = self.folder / str(step)
             try:
                 with storage(self.folder):
                     found = manifest.read(place)
-                    found.check_files(place, below="" if len(target) > 1 else "params/")
-                loaded = self._from_orbax(place, target)
-                found.check_arrays(in_words(digests_of(named(loaded))))
-                return loaded, found
+                    found.check_files(place, below=below)
+                return {"step": step, "meta": found.meta, "arrays": found.arrays}
             except manifest.Damaged as error:
-                damage = f"checkpoint {place} is damaged: {error}"
-                self._put_aside(step, damage)
-        if damage:
-            raise UserError(f"{damage}, and there is no older one; bring back a copy, or start anew with another --out")
+                self._put_aside(step, f"checkpoint {place} is damaged: {error}")
+        if self._damage:
+            raise UserError(f"{self._damage}, and there is no older one; bring back a copy, or start anew with another --out")
         raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
 
     def _from_orbax(self, place: Path, target: dict[str, Any]) -> dict[str, Any]:
@@ -156,8 +171,9 @@ class Checkpoints:
     def _put_aside(self, step: int, damage: str) -> None:
         """Never offer a checkpoint again. The run that writes here renames it, so that nobody else takes it for one."""
         self._bad.add(step)
+        self._damage = damage
         older, moved = self.latest, ""
-        if self._keep is not None and jax.process_index() == 0:
+        if self._keep is not None and self._peers.first:
             place = self.folder / f"{step}.corrupt"
             while place.exists():
                 place = place.with_name(place.name + "_")
@@ -165,7 +181,7 @@ class Checkpoints:
                 (self.folder / str(step)).rename(place)
             self._bad.discard(step)
             moved = f"; moved to {place.name}"
-        if older is not None:
+        if older is not None and self._peers.first:
             print(f"nanojax: {damage}{moved}; step {older} is read instead", file=sys.stderr)
 
     def _clear(self) -> None:

@@ -17,7 +17,8 @@ from nanojax.data.loader import Loader
 from nanojax.errors import Interrupted, NonFiniteError, StorageError
 from nanojax.evals.bpb import Validation
 from nanojax.interrupts import Interrupts, Stop
-from nanojax.program import Program
+from nanojax.program import Phase, Program
+from nanojax.progress import Progress
 from nanojax.runs import RunFolder
 from nanojax.sizes import flops_per_token
 from nanojax.step import TrainState
@@ -59,7 +60,7 @@ class Meter:
                 sinks.append(TensorBoard(folder.path / "tensorboard"))
         return cls(
             sinks=sinks,
-            progress=ProgressLine(config.steps, done),
+            progress=ProgressLine(config.steps, done, quiet=jax.process_index() != 0),
             tokens_per_step=config.batch_tokens,
             flops_per_token=flops_per_token(config.model),
             peak_flops=peak,
@@ -154,6 +155,7 @@ class Loop:
     tokenizer_sha256: str
     stop_after: int | None
     interrupts: Interrupts
+    progress: Progress
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
     initial: float | None = None
@@ -175,12 +177,15 @@ class Loop:
         `started` is the perf_counter that first_step_s counts from.
         """
         config, done = self.program.config, int(state.step)
+        self.interrupts.leave_together()
         self.initial = saved.get("val_bpb_initial")
         if self.initial is None:
             self.initial = self.validate(state, done).bpb
         state, first_step_s = self.fit(state, done, started)
+        self.progress.note(slow=True)
         self.checkpoints.wait()
         final = self.validate(state, config.steps)
+        self.progress.note(slow=True)
         rate = self.meter.tokens_per_second
         return state, {
             "steps": config.steps,
@@ -208,12 +213,17 @@ class Loop:
         steps = self.program.config.steps
         # Virtual CPU devices deadlock in their rendezvous when steps queue up.
         wait_each = self.program.platform == "cpu" and self.program.mesh.size > 1
+        ran: Phase | None = None
         for number in range(done + 1, steps + 1):
             if done < number - 1 == self.stop_after:  # not where a resumed run begins
                 self.leave(state, f"as --stop-after {self.stop_after} asks")
             self.checkpoints.check()
             self.profile.before(number)
-            state, metrics = self.program.phase(number).train_step(state, self.next_batch(state))
+            phase = self.program.phase(number)
+            batch = self.next_batch(state)
+            self.progress.note(number, slow=phase is not ran)  # its first step compiles
+            state, metrics = phase.train_step(state, batch)
+            ran = phase
             if wait_each or first_step_s is None:
                 jax.block_until_ready(metrics)
                 first_step_s = first_step_s or time.perf_counter() - started
@@ -231,6 +241,7 @@ class Loop:
         """Of the data, which may be slow."""
         position = self.loader.get_state()
         try:
+            self.interrupts.point()
             with self.interrupts.waiting():
                 return next(self.loader)
         except Stop:
@@ -239,6 +250,7 @@ class Loop:
     def save(self, state: TrainState, position: dict[str, int] | None = None) -> None:
         """Start saving, with the position in the data: that of the loader, if no other."""
         self.meter.pause()
+        self.progress.note(slow=True)
         config = self.program.config
         own = {"config": config.to_dict(), "tokenizer_sha256": self.tokenizer_sha256, "val_bpb_initial": self.initial}
         self.checkpoints.save(state, own | {"data": position or self.loader.get_state()})

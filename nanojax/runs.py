@@ -35,7 +35,7 @@ SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_f
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, tensorboard/, profile/."""
+    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, progress/, tensorboard/, profile/."""
 
     path: Path
 
@@ -46,6 +46,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def progress(self, process: int) -> Path:
+        """How far that process is."""
+        return self.path / "progress" / str(process)
 
     @property
     def steps(self) -> list[int]:

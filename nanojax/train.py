@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,12 +15,15 @@ from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
 from nanojax.errors import Interrupted, UserError, run_main
 from nanojax.interrupts import Interrupts, Stop
+from nanojax.progress import Progress, show_stacks_on_request
+from nanojax.ranks import Ranks, connect, find
 
 if TYPE_CHECKING:
     from nanojax.analysis.record import About
     from nanojax.data.loader import Loader
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
+    from nanojax.peers import Peers
     from nanojax.program import Program
     from nanojax.runs import RunFolder
     from nanojax.step import TrainState
@@ -47,6 +51,7 @@ class TrainCommand:
     """Peak of one device in dense bf16, for the MFU. Derived: from a table of devices."""
     print_config: bool = False
     """Print the config, flags applied, and stop."""
+    ranks: Annotated[Ranks, FLAT] = field(default_factory=Ranks)
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
 
@@ -58,42 +63,61 @@ def main(argv: Sequence[str]) -> None:
         print(command.config.text(), end="")
         return
 
+    ranks = find(command.ranks)
+
+    from nanojax.runs import RunFolder
+
+    folder = RunFolder(Path(command.out or f"runs/{preset}"))
+    show_stacks_on_request()
+    with Interrupts() as interrupts, stop_told(interrupts):
+        interrupts.peers = connect(ranks, interrupts.beside)
+        with interrupts.peers, stop_told(interrupts):
+            prepare_and_train(command, folder, interrupts, started)
+
+
+@contextlib.contextmanager
+def stop_told(interrupts: Interrupts) -> Iterator[None]:
+    """Turn a Stop before the first step into what the user is told."""
+    try:
+        yield
+    except Stop:
+        words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
+        raise Interrupted(words, abrupt=interrupts.abandoned) from None
+
+
+def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Interrupts, started: float) -> None:
+    """Data and checks, and then the run. Of several processes, the first holds the folder and makes what is missing in the cache."""
     from nanojax.data.shards import prepare
     from nanojax.runs import RunFolder
     from nanojax.sizes import resolve
 
-    folder = RunFolder(Path(command.out or f"runs/{preset}"))
+    peers = interrupts.peers
     if command.config.train.attn_impl != "auto":  # which a device may lack: said before minutes of tokenising, not after
         from nanojax.program import require_attention
 
         require_attention(command.config)
-    with folder.open_for_training(command.resume), Interrupts() as interrupts:
-        try:
-            with interrupts.waiting():
-                data = prepare(command.config.data, command.config.model.vocab_size, print)
-            config = resolve(command.config, data.tokenizer.n_vocab)
-            if command.resume and not to_go_on(folder, config, data, command):
-                return
-            if not command.resume and config.train.init_from is not None:
-                RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
-            first = folder.steps[-1] + 1 if command.resume else 1
-            if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
-                raise UserError(
-                    f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}"
-                )
-            train(config, command, folder, data, interrupts, started)
-        except Stop:
-            words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
-            raise Interrupted(words, abrupt=interrupts.abandoned) from None
+    with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
+        with interrupts.waiting():
+            data = peers.first_goes(lambda: prepare(command.config.data, command.config.model.vocab_size, peers.say))
+        config = resolve(command.config, data.tokenizer.n_vocab)
+        peers.require_same({"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
+        if command.resume and not to_go_on(folder, config, data, command, peers.say):
+            return
+        if not command.resume and config.train.init_from is not None:
+            RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
+        first = folder.steps[-1] + 1 if command.resume else 1
+        if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
+            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
+        train(config, command, folder, data, interrupts, started)
 
 
-def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand) -> bool:
+def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand, say: Callable[[str], None]) -> bool:
     """Whether a run has steps left; says so where it has none. Raises UserError where it cannot go on like this."""
     folder.check_resume(config, data, allow=command.allow)
     if folder.finished(config) and command.allow:
         raise UserError(f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}")
     if folder.finished(config):
-        print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+        say(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
     return not folder.finished(config)
 
 
@@ -142,7 +166,9 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     from nanojax.loop import Loop, Meter
     from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 
-    profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
+    peers = interrupts.peers
+    profile = telemetry.ProfileWindow(command.profile if peers.first else None, folder.path / "profile")
+    progress = Progress(folder.progress(peers.process))
     keep_compiled_programs(config.data.cache)
     program = make_program(config, profiled=command.profile is not None)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
@@ -151,12 +177,12 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    print(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
+    peers.say(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
     if program.platform == "gpu":
-        print(interrupts.beside(program.self_test), flush=True)
+        peers.say(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
     loader = loader_of(program, data, plan)
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep)
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep, peers)
     with jax.set_mesh(program.mesh), out_of_memory_told():
         if command.resume:
             with interrupts.waiting():
@@ -165,9 +191,10 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             loader.set_state(saved["data"])
         else:
             with interrupts.waiting():
-                state, saved = start(program), {}
-            folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-            folder.write(config, data)
+                state, saved = start(program, peers), {}
+            if peers.first:
+                folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+                folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(
             program,
@@ -175,15 +202,18 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             meter,
             profile,
             checkpoints,
-            evaluate=validator(program, data),
+            evaluate=validator(program, data, lambda: interrupts.point() or progress.note()),
             tokenizer_sha256=data.tokenizer.sha256,
             stop_after=command.stop_after,
             interrupts=interrupts,
+            progress=progress,
         )
-        if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
+        if command.resume and peers.first:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
             loop.on_first_save = functools.partial(folder.write, config, data)
         with loop:
             state, outcome = loop.run(state, saved, started)
+    if not peers.first:
+        return
     folder.write_json("summary.json", outcome)
     picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
@@ -211,9 +241,9 @@ def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, int
     from nanojax.analysis.record import write_record
 
     compiled = interrupts.beside(lambda: program.compile_step(folder.steps[-1] + 1 if command.resume else 1))
-    require_fit(program, compiled, print)
-    print(program.check_step(compiled), flush=True)
-    if command.profile is not None:
+    require_fit(program, compiled, interrupts.peers.say)
+    interrupts.peers.say(program.check_step(compiled), flush=True)
+    if command.profile is not None and interrupts.peers.first:
         write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
 
 
@@ -234,7 +264,7 @@ def about(program: Program, compiled: Any, window: str, peak: float | None) -> A
     )
 
 
-def start(program: Program) -> TrainState:
+def start(program: Program, peers: Peers) -> TrainState:
     """The state before the first step: drawn, or with the weights of the run that train.init_from names."""
     import jax
 
@@ -245,9 +275,9 @@ def start(program: Program) -> TrainState:
     state = program.init(jax.random.key(train.seed))
     if train.init_from is None:
         return state
-    checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints)
+    checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints, peers=peers)
     params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
-    print(f"weights of step {checkpoints.latest} of {train.init_from}")
+    peers.say(f"weights of step {checkpoints.latest} of {train.init_from}")
     checkpoints.close()
     return replace(state, params=params)
 
