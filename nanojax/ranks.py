@@ -53,12 +53,13 @@ class Ranks:
 def find(flags: Ranks, environ: Mapping[str, str] = os.environ) -> Ranks:
     """What flags and environment say together. Raises UserError, naming the flag or variable, on what cannot be."""
     where = cluster(environ)
+    numbered = flags.process_id is None and "JAX_PROCESS_ID" not in environ  # else it is another's number that says which GPU
     found = replace(
         flags,
         coordinator=flags.coordinator or environ.get("JAX_COORDINATOR_ADDRESS") or where.coordinator,
         num_processes=first_of(flags.num_processes, whole("JAX_NUM_PROCESSES", environ), where.num_processes),
         process_id=first_of(flags.process_id, whole("JAX_PROCESS_ID", environ), where.process_id),
-        local_devices=flags.local_devices or environ.get("JAX_LOCAL_DEVICE_IDS") or where.local_devices,
+        local_devices=flags.local_devices or environ.get("JAX_LOCAL_DEVICE_IDS") or (where.local_devices if numbered else None),
     )
     check(found)
     return found if found.several else Ranks()

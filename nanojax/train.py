@@ -212,10 +212,16 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
             loop.on_first_save = functools.partial(folder.write, config, data)
         with loop:
             state, outcome = loop.run(state, saved, started)
-    if not peers.first:
-        return
+    if peers.first:
+        conclude(folder, outcome)
+
+
+def conclude(folder: RunFolder, outcome: dict[str, Any]) -> None:
+    """Write the summary, draw the losses."""
+    from nanojax.telemetry import draw_loss
+
     folder.write_json("summary.json", outcome)
-    picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
+    picture = draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
 
 
