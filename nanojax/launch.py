@@ -195,8 +195,15 @@ class Job:
             log = self.logs / f"rank-{rank}.log"
             with log.open("ab") as out:
                 written = out.tell()
-                how = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "start_new_session": True}
-                child = subprocess.Popen(argv, env=os.environ | own, preexec_fn=die_along, **how)  # noqa: PLW1509 - there are no threads
+                child = subprocess.Popen(
+                    argv,
+                    env=os.environ | own,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
+                    preexec_fn=die_along,  # noqa: PLW1509 - there are no threads
+                )
             self.processes.append(Process(rank, child, log, written=written))
 
     def _devices(self, local: int) -> str | None:

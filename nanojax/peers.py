@@ -20,7 +20,7 @@ from nanojax.errors import NanoJaxError, UserError
 T = TypeVar("T")
 POLL_S = 0.5  # between looks at whether another process has ended
 GRACE_S = 4.0  # that the main thread of a process gets to end by itself once another has
-END_S = 10.0  # that a process which ends waits for the others to hear of it; one that was killed never does
+END_S = 20.0  # that a process which ends waits for the others to hear of it; one that was killed never does
 LONGEST_S = 24 * 3600  # of a wait for process 0, which may be tokenising
 SKEW = 2
 """Points that processes can be apart: at point n + 2 a process has read what step n made, for which each had to pass point n."""

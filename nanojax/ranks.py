@@ -62,7 +62,7 @@ def find(flags: Ranks, environ: Mapping[str, str] = os.environ) -> Ranks:
         local_devices=flags.local_devices or environ.get("JAX_LOCAL_DEVICE_IDS") or (where.local_devices if numbered else None),
     )
     check(found)
-    return found if found.several else Ranks()
+    return found if found.several else Ranks(local_devices=flags.local_devices or environ.get("JAX_LOCAL_DEVICE_IDS"))
 
 
 def check(ranks: Ranks) -> None:
@@ -178,10 +178,13 @@ def connect(ranks: Ranks, beside: Callable[[Callable[[], None], float], Any]) ->
 
     Raises NanoJaxError, naming the address, where they do not come in time.
     """
-    if not ranks.several:
+    if not ranks.several and ranks.local_devices is None:
         return ALONE
     import jax
 
+    if not ranks.several:
+        jax.config.update("jax_cuda_visible_devices", ranks.local_devices)
+        return ALONE
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM for itself
     address, seconds = ranks.coordinator or "", ranks.coordinator_timeout
     own_host = re.match(r"(localhost|127\.|\[::1\])", address)

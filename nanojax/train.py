@@ -181,6 +181,7 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     if program.platform == "gpu":
         peers.say(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
+    interrupts.beside(lambda: peers.barrier("compiled"))  # gloo and NCCL wait for the slowest compiler for seconds only
     loader = loader_of(program, data, plan)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep, peers)
     with jax.set_mesh(program.mesh), out_of_memory_told():
