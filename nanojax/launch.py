@@ -26,7 +26,7 @@ from nanojax.runs import RunFolder
 from nanojax.train import read_command
 
 FINAL = (0, UserError.exit_code, NonFiniteError.exit_code, Interrupted.exit_code)  # of which another start would make nothing better
-POLL_S = 0.2
+POLL_S = 0.1
 STACKS_S = 3.0  # that a process gets to write its stacks
 LEAVE_S = 15.0  # that the others get to end by themselves once one has
 STALL_STEPS = 10  # median steps without a sign of life, if they are longer than --stall-seconds
@@ -160,12 +160,14 @@ class Job:
             while any(process.code is None for process in self.processes):
                 time.sleep(POLL_S)
                 echo(shown)
+                self._look()
                 failed = failed or next((process for process in self.processes if process.code), None)
                 if failed:
                     self._end_others(failed)
                 elif stuck := self._stuck():
                     self._kill_stuck(stuck)
             echo(shown)
+        self._look()
         failed = failed or next((process for process in self.processes if process.code), None)
         if failed is None:
             return 0
@@ -180,9 +182,7 @@ class Job:
         self.seconds.clear()
         hosts, host = self.hosts.num_processes or 1, self.hosts.process_id or 0
         address = self.hosts.coordinator or f"127.0.0.1:{free_port()}"
-        again = (self.processes or self.command.go_on) and "--resume" not in self.run and self.folder.has_checkpoint
-        argv = [sys.executable, "-m", "nanojax.train", *self.run, *(["--resume"] if again else [])]
-        argv += [f"--coordinator-timeout={self.command.nodes.coordinator_timeout}"]
+        argv = self._argv()
         self.processes = []
         for local in range(self.procs):
             rank = host * self.procs + local
@@ -206,28 +206,38 @@ class Job:
                 )
             self.processes.append(Process(rank, child, log, written=written))
 
+    def _argv(self) -> list[str]:
+        """Of each process. From the second start on, it goes on from what the one before has saved, if anything."""
+        again = (self.processes or self.command.go_on) and "--resume" not in self.run and self.folder.has_checkpoint
+        argv = [sys.executable, "-m", "nanojax.train", *self.run, *(["--resume"] if again else [])]
+        return [*argv, f"--coordinator-timeout={self.command.nodes.coordinator_timeout}"]
+
     def _devices(self, local: int) -> str | None:
         """The GPUs of a process; None for all."""
         each = self.command.devices_per_proc or (1 if self.procs > 1 else None)
         return None if each is None else ",".join(str(local * each + i) for i in range(each))
 
-    def _stuck(self) -> str:
-        """Why the job is stuck, in words; empty while it is not. A process waits for the slowest: the last sign of any counts."""
+    def _look(self) -> None:
+        """Note which processes gave a sign of life. In what is slow, what they print is one: tokenising shows nowhere else."""
         now = time.monotonic()
         for process in self.processes:
-            mark, written = read_mark(self.folder.progress(process.rank)), process.log.stat().st_size
-            slow = mark is None or mark.slow
-            if mark != process.mark or (slow and written != process.written):  # a corpus being tokenised shows in the log only
-                if mark and process.mark and mark.step == process.mark.step + 1 and not process.mark.slow and process is self.processes[0]:
-                    self.seconds.append(now - process.seen)
-                process.mark, process.written, process.seen = mark, written, now
-                self.step = max(self.step, mark.step if mark else 0)
+            before, written = process.mark, process.log.stat().st_size
+            mark = read_mark(self.folder.progress(process.rank))
+            if mark == before and (written == process.written or (mark and not mark.slow)):
+                continue
+            if process is self.processes[0] and before and mark and not before.slow and mark.step == before.step + 1:
+                self.seconds.append(now - process.seen)
+            process.mark, process.written, process.seen = mark, written, now
+            self.step = max(self.step, mark.step if mark else 0)
+
+    def _stuck(self) -> str:
+        """Why the job is stuck, in words; empty while it is not. Processes wait for the slowest: the last sign of any is what counts."""
         running = [process for process in self.processes if process.code is None]
-        last = max(process.seen for process in running)
         slow = any(process.mark is None or process.mark.slow for process in running)
         steps = STALL_STEPS * statistics.median(self.seconds) if self.seconds else 0.0
         limit = self.command.slow_seconds if slow else max(self.command.stall_seconds, steps)
-        return f"no sign of life for {now - last:.0f} s, at step {self.step}" if now - last > limit else ""
+        silent = min((time.monotonic() - process.seen for process in running), default=0.0)
+        return f"no sign of life for {silent:.0f} s, at step {self.step}" if silent > limit else ""
 
     def _kill_stuck(self, why: str) -> None:
         """Have all processes write their stacks, then kill them."""
