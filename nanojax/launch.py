@@ -32,6 +32,7 @@ LEAVE_S = 15.0  # that the others get to end by themselves once one has
 STALL_STEPS = 10  # median steps without a sign of life, if they are longer than --stall-seconds
 LIVES_WITHOUT_STEP = 3
 LONGEST_PAUSE_S = 60.0
+KILLED = 128  # and the signal's number: the exit code of what a signal ended
 PR_SET_PDEATHSIG = 1
 
 
@@ -101,7 +102,7 @@ class Process:
     def code(self) -> int | None:
         """Exit code as a shell gives it, None while it runs."""
         code = self.child.poll()
-        return code if code is None or code >= 0 else 128 - code
+        return code if code is None or code >= 0 else KILLED - code
 
     def send(self, which: signal.Signals) -> None:
         """To the process and its children."""
@@ -250,13 +251,13 @@ class Job:
             process.send(signal.SIGKILL)
 
     def _end_others(self, failed: Process) -> None:
-        """Wait for the others to end, as they do when they hear of it, and kill those that do not."""
-        until = time.monotonic() + LEAVE_S
+        """Wait for the others to end, as they do when they hear of it, and kill those that do not. A death by signal nobody tells them."""
+        until = time.monotonic() + (LEAVE_S if failed.code and failed.code < KILLED else 0.0)
         while time.monotonic() < until and any(process.code is None for process in self.processes):
             time.sleep(POLL_S)
         for process in self.processes:
             if process.code is None:
-                say(f"rank {process.rank} did not end within {LEAVE_S:g} s of rank {failed.rank}; killed")
+                say(f"rank {failed.rank} ended with {failed.code}, and rank {process.rank} is killed")
                 process.send(signal.SIGKILL)
                 process.child.wait()
 
@@ -314,4 +315,5 @@ def last_line(log: Path) -> str:
 
 
 def say(words: str) -> None:
+    """On standard error, with who says it."""
     print(f"nanojax launch: {words}", file=sys.stderr, flush=True)

@@ -29,6 +29,7 @@ FREE_ON_RESUME = frozenset(
 PRECISION = frozenset(
     f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
 )
+LOCK = ".lock"
 # Fields that decide which parameters there are.
 SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_ffn", "norm", "qk_norm")
 
@@ -70,13 +71,20 @@ class RunFolder:
         if not resume and self.has_checkpoint:
             raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
         self.make()
-        lock = (self.path / ".lock").open("w")
+        lock = (self.path / LOCK).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             lock.close()
             raise UserError(f"one run at a time trains in a folder, and another process does in {self.path}; give another --out") from error
         return lock
+
+    def require_seen(self) -> None:
+        """Refuse a folder that process 0 has opened and this process does not see."""
+        if not (self.path / LOCK).exists():
+            raise UserError(
+                f"all processes need the run's folder, and {self.path} is not on this host; give --out on storage that all share"
+            )
 
     def require_resumable(self) -> None:
         """Refuse a folder that has no checkpoint to go on from."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -99,26 +99,33 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
     with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
         with interrupts.waiting():
             data = peers.first_goes(lambda: prepare(command.config.data, command.config.model.vocab_size, peers.say))
+        folder.require_seen()
         config = resolve(command.config, data.tokenizer.n_vocab)
         peers.require_same({"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
-        if command.resume and not to_go_on(folder, config, data, command, peers.say):
+        if command.resume and not to_go_on(folder, config, data, command, peers):
             return
         if not command.resume and config.train.init_from is not None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
-        first = folder.steps[-1] + 1 if command.resume else 1
+        first = first_step(folder, command, peers)
         if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
             raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
         train(config, command, folder, data, interrupts, started)
 
 
-def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand, say: Callable[[str], None]) -> bool:
+def first_step(folder: RunFolder, command: TrainCommand, peers: Peers) -> int:
+    """The number of the first step of this life. Process 0 looks: what others see of a network's folder may be older."""
+    return peers.share(lambda: folder.steps[-1] + 1 if command.resume else 1)
+
+
+def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand, peers: Peers) -> bool:
     """Whether a run has steps left; says so where it has none. Raises UserError where it cannot go on like this."""
     folder.check_resume(config, data, allow=command.allow)
-    if folder.finished(config) and command.allow:
+    finished = peers.share(lambda: folder.finished(config))
+    if finished and command.allow:
         raise UserError(f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}")
-    if folder.finished(config):
-        say(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
-    return not folder.finished(config)
+    if finished:
+        peers.say(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+    return not finished
 
 
 def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
@@ -177,7 +184,8 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    peers.say(telemetry.header(config, program.facts | data_facts(data, plan) | {"folder": str(folder.path)}, peak), flush=True)
+    here = {"folder": str(folder.path)} | ({"processes": str(peers.processes)} if peers.several else {})
+    peers.say(telemetry.header(config, program.facts | data_facts(data, plan) | here, peak), flush=True)
     if program.platform == "gpu":
         peers.say(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
@@ -185,17 +193,14 @@ def train(config: Config, command: TrainCommand, folder: RunFolder, data: Prepar
     loader = loader_of(program, data, plan)
     checkpoints = Checkpoints(folder.checkpoints, config.train.keep, peers)
     with jax.set_mesh(program.mesh), out_of_memory_told():
+        with interrupts.waiting():
+            state, saved = checkpoints.restore(program.shapes, program.shardings) if command.resume else (start(program, peers), {})
         if command.resume:
-            with interrupts.waiting():
-                state, saved = checkpoints.restore(program.shapes, program.shardings)
             folder.check_checkpoint(saved, data)
             loader.set_state(saved["data"])
-        else:
-            with interrupts.waiting():
-                state, saved = start(program, peers), {}
-            if peers.first:
-                folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-                folder.write(config, data)
+        elif peers.first:
+            folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+            folder.write(config, data)
         meter = Meter.of(program, peak, data.bytes_per_token, folder, tensorboard=command.tensorboard, done=int(state.step))
         loop = Loop(
             program,
@@ -247,10 +252,12 @@ def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, int
     from nanojax.analysis.plan import require_fit
     from nanojax.analysis.record import write_record
 
-    compiled = interrupts.beside(lambda: program.compile_step(folder.steps[-1] + 1 if command.resume else 1))
-    require_fit(program, compiled, interrupts.peers.say)
-    interrupts.peers.say(program.check_step(compiled), flush=True)
-    if command.profile is not None and interrupts.peers.first:
+    peers = interrupts.peers
+    first = first_step(folder, command, peers)
+    compiled = interrupts.beside(lambda: program.compile_step(first))
+    require_fit(program, compiled, peers.say)
+    peers.say(program.check_step(compiled), flush=True)
+    if command.profile is not None and peers.first:
         write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
 
 
