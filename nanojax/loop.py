@@ -158,6 +158,8 @@ class Loop:
     progress: Progress
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
+    evaluated: bool = False
+    """Whether this process has evaluated: its first evaluation compiles."""
     initial: float | None = None
     """Validation bits per byte before the first step."""
 
@@ -262,11 +264,13 @@ class Loop:
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""
         self.meter.pause()
+        self.progress.note(slow=not self.evaluated)
         try:
             with self.interrupts.waiting():
                 result = self.evaluate(self.program.phase(number).prepare(state.params))
         except Stop:
             self.leave(state, f"on {self.interrupts.name}")
+        self.evaluated = True
         self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
         self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
         return result

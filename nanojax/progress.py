@@ -31,14 +31,18 @@ class Progress:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._moves, self._step = 0, 0
+        self._moves, self._step, self._slow = 0, 0, True
         self.close = weakref.finalize(self, os.close, self._file)
-        self.note(slow=True)
+        self.note()
 
-    def note(self, step: int | None = None, *, slow: bool = False) -> None:
-        """Say that the process goes on: with step `step`, if given. Before the first, all is slow."""
-        self._moves, self._step = self._moves + 1, self._step if step is None else step
-        words = f"{self._moves} {self._step} {'slow' if slow or not self._step else 'runs'}"
+    def note(self, step: int | None = None, *, slow: bool | None = None) -> None:
+        """Say that the process goes on: with step `step`, if given, which is not slow unless `slow` says so; else all stays as it is."""
+        self._moves += 1
+        if step is not None:
+            self._step, self._slow = step, False
+        if slow is not None:
+            self._slow = slow
+        words = f"{self._moves} {self._step} {'slow' if self._slow else 'runs'}"
         os.pwrite(self._file, f"{words:<{RECORD_BYTES - 1}}\n".encode(), 0)
 
 

@@ -16,11 +16,15 @@ def test_a_watcher_reads_what_was_said_last(tmp_path):
     progress = Progress(path)
     assert read_mark(path) == Mark(moves=1, step=0, slow=True)
     progress.note()
-    assert read_mark(path) == Mark(2, 0, True), "before the first step, what compiles may take long"
+    assert read_mark(path) == Mark(2, 0, True), "what was slow stays slow: the first batch of an evaluation compiles"
     progress.note(7)
     assert read_mark(path) == Mark(3, 7, False)
     progress.note(slow=True)
     assert read_mark(path) == Mark(4, 7, True)
+    progress.note()
+    assert read_mark(path) == Mark(5, 7, True)
+    progress.note(slow=False)
+    assert read_mark(path) == Mark(6, 7, False)
     assert path.stat().st_size == 64
     progress.close()
 

@@ -93,7 +93,7 @@ def test_two_processes_are_one_process_with_two_devices_to_the_bit_and_process_0
 
 def test_a_rank_that_is_killed_and_one_that_is_stopped_cost_nothing_but_time(presets, undisturbed, tmp_path):
     out = tmp_path / "run"
-    job = launch(presets["modern"], out, own=("--stall-seconds", "8"))
+    job = launch(presets["modern"], out, own=("--stall-seconds", "15"))
     reach(12, out, life=1)
     other = pid_of(0, out)
     os.kill(pid_of(1, out), signal.SIGKILL)
@@ -106,7 +106,7 @@ def test_a_rank_that_is_killed_and_one_that_is_stopped_cost_nothing_but_time(pre
     code, err = finish(job)
     assert code == 0, err
     assert "ended with 137" in err or "work with the other processes failed" in err
-    assert "stuck: no sign of life" in err
+    assert err.count("stuck: no sign of life") == 1, err
     logs = [(out / f"logs/rank-{rank}.log").read_text() for rank in range(2)]
     assert all("most recent call first" in log for log in logs), "the stacks of both"
     assert json.loads((out / "summary.json").read_text())["state_sha256"] == undisturbed["state_sha256"]
