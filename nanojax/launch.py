@@ -129,7 +129,8 @@ class Job:
     def supervise(self) -> int:
         """Run until an end that is final. Returns its exit code."""
         lives = 0
-        with self._forwarding():
+        self.folder.make()
+        with self._forwarding(), self.folder.lock(f".launch-{self.hosts.process_id or 0}"):
             while True:
                 before = self.step
                 code = self._live()
@@ -178,7 +179,6 @@ class Job:
 
     def _start(self) -> None:
         """Start every process of this host: on loopback where there is no other host."""
-        self.folder.make()
         self.logs.mkdir(exist_ok=True)
         self.seconds.clear()
         hosts, host = self.hosts.num_processes or 1, self.hosts.process_id or 0
@@ -206,6 +206,8 @@ class Job:
                     preexec_fn=die_along,  # noqa: PLW1509 - there are no threads
                 )
             self.processes.append(Process(rank, child, log, written=written))
+            if self.signals:  # it came before this one was there to hear it
+                self.processes[-1].send(signal.SIGTERM)
 
     def _argv(self) -> list[str]:
         """Of each process. From the second start on, it goes on from what the one before has saved, if anything."""

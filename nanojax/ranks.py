@@ -19,7 +19,6 @@ from nanojax.errors import NanoJaxError, UserError
 from nanojax.peers import ALONE, Peers
 
 HEARTBEAT_S = 30  # after which a process that says nothing is dead; jax waits 100
-SHUTDOWN_S = 30  # that a process which is done waits for the others; jax waits 300
 SKYPILOT_PORT = 8476
 HIGHEST_PORT = 2**16 - 1
 PORTS = 2**12  # the highest of all: where jax puts coordinators of Slurm and Open MPI, by the number of the job
@@ -198,7 +197,6 @@ def connect(ranks: Ranks, beside: Callable[[Callable[[], None], float], Any]) ->
             cluster_detection_method="deactivate",
             initialization_timeout=10 * int(seconds + 1),  # ours comes first: at its own, jax aborts the process without a word of ours
             heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=SHUTDOWN_S,
             coordinator_bind_address=address if own_host else None,
         )
 

@@ -71,7 +71,11 @@ class RunFolder:
         if not resume and self.has_checkpoint:
             raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
         self.make()
-        lock = (self.path / LOCK).open("w")
+        return self.lock(LOCK)
+
+    def lock(self, name: str) -> IO[str]:
+        """Hold a file of the folder, for as long as what is returned stays open. Raises UserError where another process holds it."""
+        lock = (self.path / name).open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

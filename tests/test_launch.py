@@ -187,6 +187,13 @@ def wait_until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+def test_a_second_launcher_leaves_the_run_of_the_first_alone(job):
+    made = job("pass")
+    with made.folder.lock(".launch-0"), pytest.raises(UserError, match="one run at a time"):
+        made.supervise()
+    assert not made.logs.exists()
+
+
 def test_hosts_are_counted_through(tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "find", lambda ranks: Ranks(coordinator="head:1", num_processes=3, process_id=2))
     started = []
