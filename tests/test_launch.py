@@ -114,6 +114,7 @@ def test_a_run_that_never_makes_a_new_step_is_given_up(job, capfd):
     ]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_given_up_by_its_own_code(job):
     with pytest.raises(StorageError):
         job("sys.exit(4)").supervise()
@@ -138,6 +139,7 @@ def test_a_stuck_run_shows_its_stacks_is_killed_and_starts_again(job, how, capfd
         assert "in story" in (made.logs / f"rank-{rank}.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_is_slow_by_its_nature_is_not_stuck(job):
     made = job("progress.note(slow=True)\n    if step == 2: time.sleep(3.5)", procs=1)
     assert made.supervise() == 0
@@ -163,6 +165,7 @@ def test_the_second_signal_kills(job):
     assert lives(made) == 1
 
 
+@pytest.mark.slow
 def test_ranks_end_when_the_launcher_is_killed(tmp_path):
     (tmp_path / "rank.py").write_text(RANK.replace("STORY", "time.sleep(1)"))
     program = (
