@@ -105,8 +105,8 @@ class Process:
         return code if code is None or code >= 0 else KILLED - code
 
     def send(self, which: signal.Signals) -> None:
-        """To the process and its children."""
-        with contextlib.suppress(ProcessLookupError):
+        """To the process and its children, unless it has ended: its number may be another's by now."""
+        if self.code is None:
             os.killpg(self.child.pid, which)
 
 
