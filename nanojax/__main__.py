@@ -12,6 +12,7 @@ from nanojax.errors import UserError, run_main
 
 VERBS = {
     "train": ("nanojax.train", "main", "train a model: nanojax train configs/tiny.py"),
+    "launch": ("nanojax.launch", "main", "train with a process for each GPU, and watch: nanojax launch -- train configs/d12.py"),
     "eval": ("nanojax.evals.command", "main", "bits per byte of a run or an export: nanojax eval runs/tiny"),
     "sample": ("nanojax.infer.sample", "main", "continue a text: nanojax sample runs/tiny --prompt 'def '"),
     "export": ("nanojax.export.command", "main", "write a run as safetensors: nanojax export runs/tiny out"),

@@ -31,6 +31,7 @@ from nanojax.digests import digests_of, in_words
 from nanojax.errors import NanoJaxError, NonFiniteError, StorageError, UserError
 from nanojax.files import FULL, free_bytes, mb, require_plain_folder
 from nanojax.manifest import Manifest, complete_steps
+from nanojax.peers import ALONE, Peers
 from nanojax.step import TrainState
 
 # orbax warns of its own internals at every save (an OCDBT merge with nothing to merge), and when a load fails, each of its
@@ -49,17 +50,18 @@ class Checkpoints:
     left, and puts aside what is damaged; without it, this only reads, and leaves a save that may be under way alone.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, fault: Callable[[int], None] | None = None):
+    def __init__(self, folder: Path, keep: int | None = None, peers: Peers = ALONE, fault: Callable[[int], None] | None = None):
         """`fault`, of a step, is called as its save is under way, and may raise OSError (faults.py)."""
         require_plain_folder(folder)
-        self.folder, self._keep, self._fault = folder, keep, fault
+        self.folder, self._keep, self._peers, self._fault = folder, keep, peers, fault
         self._bad: set[int] = set()
         self._damage = ""
+        """Of the last that was found damaged, in words."""
         self._seen: dict[tuple[int, str], Manifest] = {}
         """(step, part) whose files were found to be those that were saved."""
         self._pending: Future[None] | None = None
         self._background = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        if keep is not None and jax.process_index() == 0:
+        if keep is not None and peers.first:
             with storage(folder):
                 folder.mkdir(parents=True, exist_ok=True)
                 self._clear()
@@ -70,14 +72,14 @@ class Checkpoints:
         return max((step for step in complete_steps(self.folder) if step not in self._bad), default=None)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
-        """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs.
+        """Start saving; `meta` is JSON: data position, config, tokenizer hash. Waits first for a save that still runs. All processes save.
 
         Raises StorageError, also for the failure of an earlier save.
         """
         assert self._keep is not None, "opened for reading"
         step = int(state.step)
         self.wait()
-        if step == self.latest:
+        if step == self._peers.share(lambda: self.latest):
             return
         parts = parts_of(state)
         digests = digests_of(named(parts))  # before the next step is given these buffers
@@ -101,7 +103,7 @@ class Checkpoints:
                 yield
             sys.unraisablehook = hook  # after a failure they go on talking until the process ends
         except StorageError:
-            if jax.process_index() == 0:
+            if self._peers.first:
                 with contextlib.suppress(OSError):
                     self._clear()
             raise
@@ -114,7 +116,7 @@ class Checkpoints:
             if self._fault:
                 self._fault(step)
             words = in_words(digests)
-            if jax.process_index() == 0:
+            if self._peers.first:
                 try:
                     manifest.write(self.folder / str(step), step, meta, words)
                 except manifest.Damaged as error:
@@ -123,6 +125,7 @@ class Checkpoints:
                     ) from error
                 for old in [n for n in complete_steps(self.folder) if n < step][: -(self._keep or 1) + 1 or None]:
                     remove(self.folder / str(old))
+            self._peers.barrier("checkpoint")  # what is a checkpoint to one process is one to all
 
     def check(self) -> None:
         """Raise StorageError where the save in the background has failed; does not wait."""
@@ -167,13 +170,22 @@ class Checkpoints:
         `wanted`: bytes of the arrays that are to be read from it, of all or of one `part`. Raises UserError where no checkpoint is left,
         or where its files cannot hold so much: whoever wrote them may claim any size, and memory is taken for what is claimed.
         """
-        return self._intact(wanted, part)[0]
+        return self._intact(wanted, part).step
 
-    def _intact(self, wanted: int, part: str) -> tuple[int, Manifest]:
+    def _intact(self, wanted: int, part: str) -> Manifest:
+        """Its manifest, without the files. Process 0 looks at them, and all take the step that it names."""
+
+        def look() -> dict[str, Any]:
+            found = self._newest(wanted, part)
+            return {"step": found.step, "meta": found.meta, "arrays": found.arrays}
+
+        return Manifest(**self._peers.share(look))
+
+    def _newest(self, wanted: int, part: str) -> Manifest:
         while (step := self.latest) is not None:
             place = self.folder / str(step)
             if (step, part) in self._seen:
-                return step, self._seen[step, part]
+                return self._seen[step, part]
             try:
                 with storage(self.folder):
                     found = manifest.read(place)
@@ -190,23 +202,27 @@ class Checkpoints:
             with self._reading(place):
                 require_small_chunks(place)
             self._seen[step, part] = found
-            return step, found
+            return found
         if self._damage:
             raise UserError(f"{self._damage}, and there is no older one; bring back a copy, or start anew with another --out")
         raise UserError(f"a run needs a checkpoint to be read, and {self.folder} has none; train it first")
 
     def _load(self, target: dict[str, Any]) -> tuple[dict[str, Any], Manifest]:
-        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words."""
+        """(what was asked for, the manifest) of the newest checkpoint that is not damaged; the newer ones are put aside, in words.
+
+        What comes back wrong has the same digest on all processes.
+        """
         while True:
-            step, found = self._intact(bytes_of(target), "" if len(target) > 1 else PARAMS)
+            found = self._intact(bytes_of(target), "" if len(target) > 1 else PARAMS)
+            place = self.folder / str(found.step)
             if "rest" in target:
-                require_same_kind(found, target, self.folder / str(step))
-            loaded = self._from_orbax(self.folder / str(step), target)
+                require_same_kind(found, target, place)
+            loaded = self._from_orbax(place, target)
             try:
                 found.check_arrays(in_words(digests_of(named(loaded))))
                 return loaded, found
             except manifest.Damaged as error:
-                self._put_aside(step, error)
+                self._put_aside(found.step, error)
 
     def _from_orbax(self, place: Path, target: dict[str, Any]) -> dict[str, Any]:
         if not target:
@@ -231,8 +247,9 @@ class Checkpoints:
         """Never offer a checkpoint again. The run that writes here renames it, so that nobody else takes it for one."""
         self._damage = f"checkpoint {self.folder / str(step)} is damaged: {damage}"
         self._bad.add(step)
+        self._seen = {key: found for key, found in self._seen.items() if key[0] != step}
         older, moved = self.latest, ""
-        if self._keep is not None and jax.process_index() == 0:
+        if self._keep is not None and self._peers.first:
             place = self.folder / f"{step}.corrupt"
             while place.exists():
                 place = place.with_name(place.name + "_")
@@ -240,7 +257,7 @@ class Checkpoints:
                 (self.folder / str(step)).rename(place)
             self._bad.discard(step)
             moved = f"; moved to {place.name}"
-        if older is not None:
+        if older is not None and self._peers.first:
             print(f"nanojax: {self._damage}{moved}; step {older} is read instead", file=sys.stderr)
 
     def _clear(self) -> None:

@@ -10,9 +10,16 @@ from typing import NoReturn
 
 
 class NanoJaxError(Exception):
-    """Base of every failure that is not our bug: it states the rule, what was given and the remedy."""
+    """Base of every failure that is not our bug: it states the rule, what was given and the remedy.
+
+    `abrupt`: a thread is still at work that cannot be ended, and the process has to end with it.
+    """
 
     exit_code = 1
+
+    def __init__(self, words: str, *, abrupt: bool = False):
+        super().__init__(words)
+        self.abrupt = abrupt
 
 
 class UserError(NanoJaxError, ValueError):
@@ -40,16 +47,9 @@ class DriftError(NanoJaxError):
 
 
 class Interrupted(NanoJaxError):
-    """The run stopped early on request, its state saved if there was any; start it again.
-
-    `abrupt`: a thread is still at work that cannot be ended, and the process has to end with it.
-    """
+    """The run stopped early on request, its state saved if there was any; start it again."""
 
     exit_code = 75
-
-    def __init__(self, words: str, *, abrupt: bool = False):
-        super().__init__(words)
-        self.abrupt = abrupt
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:
@@ -66,7 +66,7 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         label = "interrupted" if isinstance(error, Interrupted) else "error"
         print(f"nanojax: {label}: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-        if isinstance(error, Interrupted) and error.abrupt:
+        if error.abrupt:
             sys.stdout.flush()
             os._exit(code)
     except BrokenPipeError:  # `nanojax sample ... | head`: the reader has enough

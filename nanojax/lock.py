@@ -73,8 +73,8 @@ class Lock:
     on a network, where a lock may not reach other hosts. Hosts must not share both a folder and a name.
     """
 
-    def __init__(self, folder: Path):
-        self._path = folder / NAME
+    def __init__(self, folder: Path, name: str = NAME):
+        self._path = folder / name
         try:
             self._file = os.fdopen(open_regular(self._path, os.O_RDWR | os.O_CREAT), "r+")
             try:

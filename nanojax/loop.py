@@ -7,8 +7,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -19,146 +18,12 @@ from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError
 from nanojax.evals.bpb import Validation
 from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
-from nanojax.program import Program
+from nanojax.meter import Meter
+from nanojax.program import Phase, Program
+from nanojax.progress import Progress
 from nanojax.replicas import EVERY, Watch
-from nanojax.runs import RunFolder
-from nanojax.sizes import flops_per_token
 from nanojax.step import TrainState
-from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, Sink, TensorBoard, peak_memory_bytes
-
-WARMUP_STEPS = 3  # left out of tokens/s: compilation, autotuning and first touches of memory
-MAX_IN_A_ROW = 20  # updates that are left out, before the run goes back
-
-
-@dataclasses.dataclass
-class Meter:
-    """Reads the metrics of a step while the next one runs, times it, and passes them on."""
-
-    sinks: Sequence[Sink]
-    progress: ProgressLine
-    tokens_per_step: int
-    flops_per_token: int
-    peak_flops: float | None
-    bytes_per_token: float
-    steps: int
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    loss: float = math.nan
-    in_a_row: int = 0
-    """Updates left out since the last one that was made, as of the step that was read last."""
-    hosts: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=EVERY))
-    """Seconds of the last steps that this process did not wait for devices."""
-    _held: tuple[int, Any] | None = None
-    _since: float | None = None
-    _read: int = 0
-    _waited: float = 0.0
-
-    @classmethod
-    def of(cls, program: Program, peak: float | None, bytes_per_token: float, folder: RunFolder, *, tensorboard: bool, done: int) -> Meter:
-        """The meter of a run that is at step `done`, writing into its folder; only the first process writes."""
-        config = program.config
-        sinks: list[Sink] = []
-        loss = math.nan
-        if jax.process_index() == 0:
-            lines = JsonLines(folder.metrics, done)
-            loss = lines.last_loss
-            sinks.append(lines)
-            if tensorboard:
-                sinks.append(TensorBoard(folder.path / "tensorboard"))
-        return cls(
-            sinks=sinks,
-            progress=ProgressLine(config.steps, done),
-            tokens_per_step=config.batch_tokens,
-            flops_per_token=flops_per_token(config.model),
-            peak_flops=peak,
-            bytes_per_token=bytes_per_token,
-            steps=config.steps,
-            loss=loss,
-        )
-
-    def close(self) -> None:
-        self.progress.close()
-        for sink in self.sinks:
-            sink.close()
-
-    def push(self, step: int, metrics: Any) -> None:
-        """Step `step` was just started; read the one before."""
-        self.flush()
-        self._held = (step, metrics)
-
-    def flush(self) -> None:
-        """Wait for the step that is held and write its record."""
-        if self._held is None:
-            return
-        (step, metrics), self._held = self._held, None
-        with self.waiting():
-            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now, since, self._since = time.perf_counter(), self._since, time.perf_counter()
-        self._read += 1
-        took = None if since is None or self._read <= WARMUP_STEPS else now - since
-        if took is not None:
-            self.seconds.append(took)
-            self.hosts.append(took - self._waited)
-        self._waited = 0.0
-        self.loss, self.in_a_row = values["loss"], int(values["in_a_row"])
-        record: dict[str, Any] = {"step": step, "tokens": step * self.tokens_per_step, **values, "bpb": self._bpb(self.loss)}
-        if took is not None:
-            record |= {"tokens_per_second": self.tokens_per_step / took, "seconds": took}
-        self.write(record)
-        self.progress.update(step, self._text(values, took), None if took is None else (self.steps - step) * took)
-        if self.in_a_row > MAX_IN_A_ROW:
-            raise NonFiniteError(f"{self.in_a_row} updates in a row, up to step {step}, were not finite or spikes, and were left out")
-
-    def pause(self) -> None:
-        """Finish what runs, without timing it: the host came here early, and what follows belongs to no step."""
-        self._since = None
-        self.flush()
-        self._since = None
-
-    @property
-    def busy(self) -> float:
-        """Seconds of a step that this process takes without waiting for devices, the median of the last; NaN before there is one."""
-        return statistics.median(self.hosts) if self.hosts else math.nan
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Around what waits for devices."""
-        began = time.perf_counter()
-        yield
-        self._waited += time.perf_counter() - began
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after a step; a step that is held was of it."""
-        self._held = self._since = None
-        self.in_a_row = 0
-        for sink in self.sinks:
-            sink.rewind(step)
-
-    def write(self, record: dict[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.write(record)
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """From the median step, warm-up left out; None before there is one."""
-        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else None
-
-    def mfu(self, tokens_per_second: float | None) -> float | None:
-        """Share of the devices' peak that the model's FLOPs take."""
-        if tokens_per_second is None or self.peak_flops is None:
-            return None
-        return tokens_per_second * self.flops_per_token / self.peak_flops
-
-    def _bpb(self, loss: float) -> float:
-        """Training loss in bits per byte, at the corpus' mean bytes per token."""
-        return loss / math.log(2) / self.bytes_per_token
-
-    def _text(self, values: dict[str, float], took: float | None) -> str:
-        text = f"loss {values['loss']:.4f}  bpb {self._bpb(values['loss']):.3f}"
-        if took is not None:
-            rate = self.tokens_per_step / took
-            mfu = self.mfu(rate)
-            text += f"  {rate:,.0f} tok/s" + (f"  {mfu:.1%} MFU" if mfu is not None else "")
-        return text + "".join(f"  {int(values[name])} {name}" for name in ("skipped", "spikes") if values[name])
+from nanojax.telemetry import ProfileWindow, peak_memory_bytes
 
 
 @dataclasses.dataclass
@@ -176,13 +41,18 @@ class Loop:
     stop_after: int | None
     interrupts: Interrupts
     faults: Faults
+    progress: Progress
     on_first_save: Callable[[], None] | None = None
     """Called once, when the first checkpoint of this process is on disk."""
+    evaluated: bool = False
+    """Whether this process has evaluated: its first evaluation compiles."""
     initial: float | None = None
     """Validation bits per byte before the first step."""
     left_out: list[list[int]] = dataclasses.field(default_factory=list)
     """[first, last] of the batches that were left out when the run went back to a checkpoint, counted from 1."""
     watch: Watch = dataclasses.field(init=False)
+    _ran: Phase | None = None
+    """That of the last step: the first of each compiles."""
     _went_back: dict[type, int] = dataclasses.field(default_factory=dict)
     """Why the run went back -> the step that it last went back to."""
 
@@ -205,12 +75,15 @@ class Loop:
         `started` is the perf_counter that first_step_s counts from.
         """
         config, done = self.program.config, int(state.step)
+        self.interrupts.leave_together()
         self.initial, self.left_out = saved.get("val_bpb_initial"), list(saved.get("left_out", []))
         if self.initial is None:
             self.initial = self.validate(state, done).bpb
         state, first_step_s = self.fit(state, done, started)
+        self.progress.note(slow=True)
         self.checkpoints.wait()
         final = self.validate(state, config.steps)
+        self.progress.note(slow=True)
         rate = self.meter.tokens_per_second
         return state, {
             "steps": config.steps,
@@ -258,10 +131,12 @@ class Loop:
         config, nth = self.program.config, self.loader.get_state()["next_step"] + 1
         self.checkpoints.check()
         self.profile.before(number)
-        batch = self.next_batch(state, number, nth)
+        batch, phase = self.next_batch(state, number, nth), self.program.phase(number)
+        self.progress.note(number, slow=phase is not self._ran)
         state = dataclasses.replace(state, params=self.faults.before_step(number, nth, state.params))
         with self.meter.waiting():
-            state, metrics = self.program.phase(number).train_step(state, batch, *self.faults.factors(number, nth))
+            state, metrics = phase.train_step(state, batch, *self.faults.factors(number, nth))
+            self._ran = phase
             # Virtual CPU devices deadlock in their rendezvous when steps queue up.
             if wait or (self.program.platform == "cpu" and self.program.mesh.size > 1):
                 jax.block_until_ready(metrics)
@@ -301,9 +176,10 @@ class Loop:
         All processes see the same numbers, so all of them come here at the same step. Raises `bad` with what to do where there is no
         checkpoint, or where the run went back to this one already.
         """
+        self.progress.note(slow=True)
         with contextlib.suppress(NonFiniteError):
             self.checkpoints.wait()
-        step, drift = self.checkpoints.latest, isinstance(bad, DriftError)
+        step, drift = self.interrupts.peers.share(lambda: self.checkpoints.latest), isinstance(bad, DriftError)
         if step is None or (DriftError in self._went_back if drift else step == self._went_back.get(NonFiniteError)):
             why = "there is no checkpoint to go back to" if step is None else f"going back to step {step} was no help"
             remedy = "look at the data, or start anew with lower --optim.matrix-lr and --optim.embedding-lr"
@@ -329,6 +205,7 @@ class Loop:
         """For step `number`, the nth of the data, which may be slow."""
         position = self.loader.get_state()
         try:
+            self.interrupts.point()
             with self.interrupts.waiting():
                 self.faults.before_batch(number, nth)
                 return next(self.loader)
@@ -349,6 +226,7 @@ class Loop:
         Raises DriftError and NonFiniteError instead of saving copies that differ or parameters that are not finite.
         """
         self.meter.pause()
+        self.progress.note(slow=True)
         config = self.program.config
         self.look(state, int(state.step))
         self.compare(finite=True)
@@ -364,11 +242,13 @@ class Loop:
     def validate(self, state: TrainState, number: int) -> Validation:
         """Evaluate and report, outside the timing of the steps."""
         self.meter.pause()
+        self.progress.note(slow=not self.evaluated)
         try:
             with self.interrupts.waiting():
                 result = self.evaluate(self.program.phase(number).prepare(state.params))
         except Stop:
             self.leave(state, f"on {self.interrupts.name}")
+        self.evaluated = True
         self.meter.write({"step": number, "val_bpb": result.bpb, "val_loss": result.loss})
         self.meter.progress.say(f"step {number}  validation {result.bpb:.4f} bits per byte ({result.targets:,} tokens)")
         return result

@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Manifest:
     """JSON of the run's own: data position, config, hash of the tokenizer."""
     arrays: dict[str, str]
     """Name -> digest, of every array of the state."""
-    files: dict[str, tuple[int, str]]
+    files: dict[str, tuple[int, str]] = field(default_factory=dict)
     """Path in the folder -> (bytes, SHA-256), of every file but the manifest."""
 
     def check_files(self, folder: Path, below: str = "") -> None:

@@ -32,7 +32,7 @@ FREE_ON_RESUME = frozenset(
 PRECISION = frozenset(
     f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
 )
-FOLDERS = ("checkpoints", "tensorboard", "profile")
+FOLDERS = ("checkpoints", "progress", "tensorboard", "profile")
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png")
 LARGEST_CONFIG = 2**22  # bytes; far above any that we write
 # Fields that decide which parameters there are.
@@ -41,7 +41,7 @@ SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_f
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, tensorboard/, profile/."""
+    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, progress/, tensorboard/, profile/."""
 
     path: Path
 
@@ -52,6 +52,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    def progress(self, process: int) -> Path:
+        """How far that process is."""
+        return self.path / "progress" / str(process)
 
     @property
     def steps(self) -> list[int]:
@@ -78,6 +82,13 @@ class RunFolder:
             elif self.has_checkpoint:
                 raise UserError(f"{self.path} already holds a run; add --resume to go on with it, or give another --out")
             yield
+
+    def require_seen(self) -> None:
+        """Refuse a folder that process 0 has opened and this process does not see."""
+        if not (self.path / lock.NAME).exists():
+            raise UserError(
+                f"all processes need the run's folder, and {self.path} is not on this host; give --out on storage that all share"
+            )
 
     def require_resumable(self) -> None:
         """Refuse a folder that has no checkpoint to go on from."""

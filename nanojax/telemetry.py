@@ -176,8 +176,8 @@ class TensorBoard:
 class ProgressLine:
     """A bar on a terminal, a line now and then elsewhere; both on stderr."""
 
-    def __init__(self, steps: int, done: int):
-        self._console = Console(stderr=True)
+    def __init__(self, steps: int, done: int, *, quiet: bool = False):
+        self._console = Console(stderr=True, quiet=quiet)
         self._steps, self._last = steps, 0.0
         self._bar: Progress | None = None
         if self._console.is_terminal:

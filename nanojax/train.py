@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,6 +16,8 @@ from nanojax.config import Config
 from nanojax.errors import Interrupted, UserError, run_main
 from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
+from nanojax.progress import Progress, show_stacks_on_request
+from nanojax.ranks import Ranks, connect, find
 
 if TYPE_CHECKING:
     from nanojax.analysis.record import About
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
     from nanojax.data.loader import Loader
     from nanojax.data.packing import Plan
     from nanojax.data.shards import Prepared
+    from nanojax.peers import Peers
     from nanojax.program import Program
+    from nanojax.run_kind import RunKind
     from nanojax.runs import RunFolder
     from nanojax.step import TrainState
 
@@ -53,6 +58,7 @@ class TrainCommand:
     """Leave out updates whose loss or gradient norm is 6 standard deviations above the last 128."""
     print_config: bool = False
     """Print the config, flags applied and what follows from them filled in, and stop; what is None follows from the devices."""
+    ranks: Annotated[Ranks, FLAT] = field(default_factory=Ranks)
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
 
@@ -63,37 +69,55 @@ def main(argv: Sequence[str]) -> None:
     if command.print_config:
         print(derived(command.config).text(), end="")
         return
-    faults = Faults.from_environment(resumed=command.resume)
+    faults, ranks = Faults.from_environment(resumed=command.resume), find(command.ranks)
 
+    from nanojax.runs import RunFolder
+
+    folder = RunFolder(Path(command.out or f"runs/{preset}"))
+    folder.require_cache_elsewhere(command.config)
+    show_stacks_on_request()
+    with Interrupts() as interrupts, stop_told(interrupts):
+        interrupts.peers = connect(ranks, interrupts.beside)
+        with interrupts.peers, stop_told(interrupts):
+            prepare_and_train(command, folder, interrupts, faults, started)
+
+
+@contextlib.contextmanager
+def stop_told(interrupts: Interrupts) -> Iterator[None]:
+    """Turn a Stop before the first step into what the user is told."""
+    try:
+        yield
+    except Stop:
+        words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
+        raise Interrupted(words, abrupt=interrupts.abandoned) from None
+
+
+def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Interrupts, faults: Faults, started: float) -> None:
+    """Data and checks, and then the run. Of several processes, the first holds the folder and makes what is missing in the cache."""
     from nanojax.data.shards import prepare
     from nanojax.runs import RunFolder
     from nanojax.sizes import resolve
 
-    folder = RunFolder(Path(command.out or f"runs/{preset}"))
-    folder.require_cache_elsewhere(command.config)
-    with folder.open_for_training(command.resume), Interrupts() as interrupts:
-        try:
-            # What devices may lack is said before minutes of tokenising, not after.
-            if command.config.train.attn_impl != "auto" or command.config.train.mesh:
-                from nanojax.program import require_attention
+    peers = interrupts.peers
+    with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
+        # What devices may lack is said before minutes of tokenising, not after.
+        if command.config.train.attn_impl != "auto" or command.config.train.mesh:
+            from nanojax.program import require_attention
 
-                require_attention(command.config)
-            with interrupts.waiting():
-                data = prepare(command.config.data, command.config.model.vocab_size, print)
-            config = resolve(command.config, data.tokenizer.n_vocab)
-            if command.resume and not to_go_on(folder, config, data, command):
-                return
-            if not command.resume and config.train.init_from is not None:
-                RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
-            first = folder.steps[-1] + 1 if command.resume else 1
-            if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
-                raise UserError(
-                    f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}"
-                )
-            train(config, command, folder, data, interrupts, faults, started)
-        except Stop:
-            words = f"stopped on {interrupts.name} before a step of this process; nothing is lost, go on with the same command"
-            raise Interrupted(words, abrupt=interrupts.abandoned) from None
+            require_attention(command.config)
+        with interrupts.waiting():
+            data = peers.first_goes(lambda: prepare(command.config.data, command.config.model.vocab_size, peers.say))
+        folder.require_seen()
+        config = resolve(command.config, data.tokenizer.n_vocab)
+        peers.require_same({"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
+        if command.resume and not to_go_on(folder, config, data, command, peers):
+            return
+        if not command.resume and config.train.init_from is not None:
+            RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
+        first = first_step(folder, command, peers)
+        if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
+            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
+        train(config, command, folder, data, interrupts, faults, started)
 
 
 def derived(config: Config) -> Config:
@@ -109,14 +133,20 @@ def derived(config: Config) -> Config:
     return resolve(config, Tokenizer.load(config.data.tokenizer).n_vocab)
 
 
-def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand) -> bool:
+def first_step(folder: RunFolder, command: TrainCommand, peers: Peers) -> int:
+    """The number of the first step of this life. Process 0 looks: what others see of a network's folder may be older."""
+    return peers.share(lambda: folder.steps[-1] + 1 if command.resume else 1)
+
+
+def to_go_on(folder: RunFolder, config: Config, data: Prepared, command: TrainCommand, peers: Peers) -> bool:
     """Whether a run has steps left; says so where it has none. Raises UserError where it cannot go on like this."""
     folder.check_resume(config, data, allow=command.allow)
-    if folder.finished(config) and command.allow:
+    finished = peers.share(lambda: folder.finished(config))
+    if finished and command.allow:
         raise UserError(f"{folder.path} is complete, and has no step left to train otherwise; start anew with --init-from {folder.path}")
-    if folder.finished(config):
-        print(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
-    return not folder.finished(config)
+    if finished:
+        peers.say(f"{folder.path} is complete: {config.steps} steps; see {folder.path / 'summary.json'}")
+    return not finished
 
 
 def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
@@ -165,20 +195,16 @@ def train(
     from nanojax import telemetry
     from nanojax.data.packing import load_or_make
     from nanojax.evals.bpb import validator
-    from nanojax.loop import Loop, Meter
+    from nanojax.loop import Loop
+    from nanojax.meter import Meter
     from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
-    from nanojax.run_kind import RunKind
 
-    profile = telemetry.ProfileWindow(command.profile, folder.path / "profile")
+    peers = interrupts.peers
+    profile = telemetry.ProfileWindow(command.profile if peers.first else None, folder.path / "profile")
+    progress = Progress(folder.progress(peers.process))
     keep_compiled_programs(config.data.cache)
     checkpoints = open_checkpoints(config, command, folder, interrupts, faults)
-    kind = RunKind(
-        profiled=command.profile is not None,
-        deterministic=command.deterministic,
-        spikes=command.skip_spikes,
-        factors=faults.in_step,
-    )
-    program, faults.rank = make_program(config, run=kind), jax.process_index()
+    program, faults.rank = make_program(config, run=kind_of(command, faults)), peers.process
     checkpoints.require_space(program.shapes)
     peak = telemetry.peak_flops(jax.devices(), command.peak_tflops)
     cap = config.data.documents
@@ -186,11 +212,13 @@ def train(
         plan = load_or_make(
             data.train, seq_len=config.model.seq_len, packing=config.data.packing, seed=config.train.seed, max_documents=cap
         )
-    facts = program.facts | kind.facts | data_facts(data, plan) | {"folder": str(folder.path)} | faults.facts
-    print(telemetry.header(config, facts, peak), flush=True)
+    here = {"folder": str(folder.path)} | ({"processes": str(peers.processes)} if peers.several else {})
+    facts = program.facts | program.run.facts | data_facts(data, plan) | here | faults.facts
+    peers.say(telemetry.header(config, facts, peak), flush=True)
     if program.platform == "gpu":
-        print(interrupts.beside(program.self_test), flush=True)
+        peers.say(interrupts.beside(program.self_test), flush=True)
     prepare_step(program, command, folder, interrupts, peak)
+    interrupts.beside(lambda: peers.barrier("compiled"))  # gloo and NCCL wait for the slowest compiler for seconds only
     loader = loader_of(program, data, plan)
     with jax.set_mesh(program.mesh), out_of_memory_told():
         state, saved = begin(program, command, folder, data, checkpoints, interrupts)
@@ -202,19 +230,40 @@ def train(
             meter,
             profile,
             checkpoints,
-            evaluate=validator(program, data),
+            evaluate=validator(program, data, lambda: interrupts.point() or progress.note()),
             tokenizer_sha256=data.tokenizer.sha256,
             stop_after=command.stop_after,
             interrupts=interrupts,
             faults=faults,
+            progress=progress,
         )
-        if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
+        if command.resume and peers.first:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
             loop.on_first_save = functools.partial(folder.write, config, data)
         with loop:
             state, outcome = loop.run(state, saved, started)
+    if peers.first:
+        conclude(folder, outcome)
+
+
+def conclude(folder: RunFolder, outcome: dict[str, Any]) -> None:
+    """Write the summary, draw the losses."""
+    from nanojax.telemetry import draw_loss
+
     folder.write_json("summary.json", outcome)
-    picture = telemetry.draw_loss(folder.metrics, folder.path / "loss.png")
+    picture = draw_loss(folder.metrics, folder.path / "loss.png")
     print(f"validation {outcome['val_bpb_initial']:.4f} -> {outcome['val_bpb']:.4f} bits per byte; {picture}")
+
+
+def kind_of(command: TrainCommand, faults: Faults) -> RunKind:
+    """How the program of a run is built."""
+    from nanojax.run_kind import RunKind
+
+    return RunKind(
+        profiled=command.profile is not None,
+        deterministic=command.deterministic,
+        spikes=command.skip_spikes,
+        factors=faults.in_step,
+    )
 
 
 def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, interrupts: Interrupts, faults: Faults) -> Checkpoints:
@@ -223,12 +272,12 @@ def open_checkpoints(config: Config, command: TrainCommand, folder: RunFolder, i
     from nanojax.runs import RunFolder
     from nanojax.sizes import count_parameters, state_bytes
 
-    checkpoints = Checkpoints(folder.checkpoints, config.train.keep, fault=faults.in_save)
+    checkpoints = Checkpoints(folder.checkpoints, config.train.keep, interrupts.peers, fault=faults.in_save)
     with interrupts.waiting():
         if command.resume:
             checkpoints.verify(state_bytes(config.model))
         elif config.train.init_from is not None:
-            source = Checkpoints(RunFolder(Path(config.train.init_from)).checkpoints)
+            source = Checkpoints(RunFolder(Path(config.train.init_from)).checkpoints, peers=interrupts.peers)
             source.verify(4 * count_parameters(config.model).total, PARAMS)
             source.close()
     return checkpoints
@@ -240,15 +289,16 @@ def begin(
     """(state, meta of the checkpoint that it is from, empty for a run that begins)."""
     with interrupts.waiting():
         if not command.resume:
-            state = start(program)
+            state = start(program, interrupts.peers)
         else:
             state, saved = checkpoints.restore(program.shapes, program.shardings)
             folder.check_checkpoint(saved, data)
             if saved.get("deterministic") and not command.deterministic:
-                print("determinism: on until the checkpoint, off from here; add --deterministic to keep it")
+                interrupts.peers.say("determinism: on until the checkpoint, off from here; add --deterministic to keep it")
             return state, saved
-    folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
-    folder.write(program.config, data)
+    if interrupts.peers.first:
+        folder.metrics.unlink(missing_ok=True)  # of a life that ended before its first checkpoint
+        folder.write(program.config, data)
     return state, {}
 
 
@@ -273,10 +323,12 @@ def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, int
     from nanojax.analysis.plan import require_fit
     from nanojax.analysis.record import write_record
 
-    compiled = interrupts.beside(lambda: program.compile_step(folder.steps[-1] + 1 if command.resume else 1))
-    require_fit(program, compiled, print)
-    print(program.check_step(compiled), flush=True)
-    if command.profile is not None:
+    peers = interrupts.peers
+    first = first_step(folder, command, peers)
+    compiled = interrupts.beside(lambda: program.compile_step(first))
+    require_fit(program, compiled, peers.say)
+    peers.say(program.check_step(compiled), flush=True)
+    if command.profile is not None and peers.first:
         write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")
 
 
@@ -297,7 +349,7 @@ def about(program: Program, compiled: Any, window: str, peak: float | None) -> A
     )
 
 
-def start(program: Program) -> TrainState:
+def start(program: Program, peers: Peers) -> TrainState:
     """The state before the first step: drawn, or with the weights of the run that train.init_from names."""
     import jax
 
@@ -308,9 +360,9 @@ def start(program: Program) -> TrainState:
     state = program.init(jax.random.key(train.seed))
     if train.init_from is None:
         return state
-    checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints)
+    checkpoints = Checkpoints(RunFolder(Path(train.init_from)).checkpoints, peers=peers)
     params = checkpoints.finite_params(program.shapes.params, program.shardings.params)
-    print(f"weights of step {checkpoints.latest} of {train.init_from}")
+    peers.say(f"weights of step {checkpoints.latest} of {train.init_from}")
     checkpoints.close()
     return replace(state, params=params)
 

@@ -66,3 +66,12 @@ def test_work_beside_is_left_alone_when_a_signal_comes():
             interrupts.beside(lambda: done.wait(10))
         assert interrupts.abandoned
     done.set()
+
+
+def test_work_beside_is_given_up_after_its_time():
+    done = threading.Event()
+    with Interrupts() as interrupts:
+        with pytest.raises(TimeoutError):
+            interrupts.beside(lambda: done.wait(10), seconds=0.2)
+        assert interrupts.abandoned
+    done.set()

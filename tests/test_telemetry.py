@@ -13,7 +13,8 @@ from nanojax import loop, telemetry, tokenizer
 from nanojax.checks import parse_window
 from nanojax.config import Config, ModelConfig, TrainConfig
 from nanojax.errors import NonFiniteError, StorageError, UserError
-from nanojax.loop import WARMUP_STEPS, Meter, due
+from nanojax.loop import due
+from nanojax.meter import WARMUP_STEPS, Meter
 from nanojax.telemetry import JsonLines, ProfileWindow, ProgressLine, draw_loss, duration, header, peak_flops
 
 

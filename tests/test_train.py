@@ -279,7 +279,7 @@ def test_the_folder_of_a_run_is_complete(straight):
     path = straight.folder.path
     assert (path / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     names = {child.name for child in path.iterdir()}
-    assert names == {".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "summary.json", "tokenizer.json"}
+    assert names == {".lock", "checkpoints", "config.json", "loss.png", "metrics.jsonl", "progress", "summary.json", "tokenizer.json"}
     assert sorted(int(child.name) for child in straight.folder.checkpoints.iterdir()) == [30, 40]  # the newest two
 
 

@@ -91,7 +91,7 @@ def allocatable(devices: Sequence[Any]) -> int | None:
 def require_fit(program: Program, compiled: Any, say: Callable[[str], None]) -> None:
     """Raise UserError, with what would fit, where a compiled step needs more memory than its devices have."""
     devices, config = list(program.mesh.devices.flat), program.config
-    limit, need = allocatable(devices), Memory.of(compiled).peak
+    limit, need = allocatable(program.mesh.local_devices), Memory.of(compiled).peak
     if limit is None or need <= limit:
         return
     lacking = f"a step must fit into the {gib(limit)} that jax may allocate on a device, and needs {gib(need)}"

@@ -43,8 +43,11 @@ def evaluate(eval_step: Callable, weights: dict[str, Array], batches: Iterable[A
     )
 
 
-def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], Validation]:
-    """Prepared weights -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order."""
+def validator(program: Program, data: Prepared, between: Callable[[], None] = lambda: None) -> Callable[[dict[str, Array]], Validation]:
+    """Prepared weights -> Validation on the first `eval_tokens` of the validation split, always the same rows in the same order.
+
+    `between` is called before each batch.
+    """
     config, mesh, n_vocab = program.config, program.mesh, data.tokenizer.n_vocab
     cap = config.data.documents
     plan = load_or_make(data.val, seq_len=config.model.seq_len, packing=config.data.packing, seed=None, max_documents=cap)
@@ -59,7 +62,7 @@ def validator(program: Program, data: Prepared) -> Callable[[dict[str, Array]], 
             sharding=batch_sharding(mesh),
             n_vocab=n_vocab,
         )
-        return evaluate(program.eval_step, weights, batches, bytes_V)
+        return evaluate(program.eval_step, weights, (between() or batch for batch in batches), bytes_V)
 
     return validate
 
