@@ -77,7 +77,7 @@ def flags(spec: Any, prefix: str = "") -> list[str]:
 
 def value_of(flag: str, argv: Sequence[str]) -> str | None:
     """What follows a flag, as `--flag value` or `--flag=value`; None where it is not given."""
-    for arg, after in zip(argv, [*argv[1:], None], strict=True):
+    for arg, after in zip(argv, [*argv[1:], None], strict=False):
         if arg == flag:
             return after
         if arg.startswith(f"{flag}="):

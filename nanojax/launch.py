@@ -20,6 +20,7 @@ from typing import IO, Annotated, Literal
 from nanojax.checks import check_types, require_positive
 from nanojax.cli import FLAT, parse
 from nanojax.errors import Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError
+from nanojax.lock import Lock
 from nanojax.progress import Mark, read_mark
 from nanojax.ranks import Ranks, find
 from nanojax.runs import RunFolder

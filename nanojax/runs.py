@@ -15,6 +15,7 @@ from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import StorageError, UserError
 from nanojax.files import FAILING, parse_json, printable, read_regular, require_plain_folder, require_regular
+from nanojax.lock import NAME as LOCK
 from nanojax.lock import Lock
 from nanojax.manifest import complete_steps
 from nanojax.sizes import resolve
@@ -85,7 +86,7 @@ class RunFolder:
 
     def require_seen(self) -> None:
         """Refuse a folder that process 0 has opened and this process does not see."""
-        if not (self.path / lock.NAME).exists():
+        if not (self.path / LOCK).exists():
             raise UserError(
                 f"all processes need the run's folder, and {self.path} is not on this host; give --out on storage that all share"
             )

@@ -16,6 +16,7 @@ import pytest
 from nanojax import launch
 from nanojax.errors import NanoJaxError, StorageError, UserError
 from nanojax.launch import Job, LaunchCommand, split
+from nanojax.lock import Lock
 from nanojax.manifest import NAME
 from nanojax.ranks import Ranks
 from nanojax.runs import RunFolder
@@ -192,7 +193,7 @@ def wait_until(condition, seconds: float = 30.0) -> None:
 
 def test_a_second_launcher_leaves_the_run_of_the_first_alone(job):
     made = job("pass")
-    with made.folder.lock(".launch-0"), pytest.raises(UserError, match="one run at a time"):
+    with Lock(made.folder.path, ".launch-0"), pytest.raises(UserError, match="one run at a time"):
         made.supervise()
     assert not made.logs.exists()
 
