@@ -59,7 +59,7 @@ def per_device(total: Callable, mesh: Mesh) -> Callable:
 
     Left to the partitioner, the gradient of the head is summed over devices after every block of `ops.xent.total_nats`, here after all.
     """
-    if mesh.size == 1:
+    if all(mesh.shape[axis] == 1 for axis in OWN):
         return total
 
     def over_devices(x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | None) -> Array:

@@ -138,13 +138,15 @@ def test_the_skypilot_task_gives_the_launcher_the_nodes_and_recovers_from_an_int
     recovery = task["resources"]["job_recovery"]
     assert recovery["recover_on_exit_codes"] == [Interrupted.exit_code]
     assert recovery["strategy"] in ("FAILOVER", "EAGER_NEXT_REGION")
-    assert task["run"].startswith("exec python"), "SIGTERM must reach the launcher and not a shell"
-    words = task["run"].replace("\\\n", " ").replace('"$SKYPILOT_NUM_GPUS_PER_NODE"', "8").split()
+    unlock, at, start = task["run"].partition("exec python")
+    assert at, "SIGTERM must reach the launcher and not a shell"
+    words = (at + start).replace("\\\n", " ").replace('"$SKYPILOT_NUM_GPUS_PER_NODE"', "8").split()
     own, run = commands_of(words)
     assert "--go-on" in own
     assert run[run.index("--mesh") + 1] == f"data={task['num_nodes']},fsdp={task['resources']['accelerators'].split(':')[1]}"
     (mount,) = task["file_mounts"]
     assert run[run.index("--out") + 1].startswith(mount)
+    assert f'"$SKYPILOT_NODE_RANK" = 0 ]; then rm -f {run[run.index("--out") + 1]}/.lock; fi' in unlock
     environment = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     monkeypatch.setattr(launch, "find", lambda ranks: find(ranks, environment))
     job = Job(LaunchCommand(procs=8), run, RunFolder(tmp_path))

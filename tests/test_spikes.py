@@ -76,7 +76,7 @@ def test_a_spike_enters_the_history_as_its_limit_and_what_is_not_finite_not_at_a
 
 def test_a_level_that_lasts_is_let_in_before_a_run_would_go_back(usual):
     """The gradient of another phase of a run, five times as large."""
-    from nanojax.loop import MAX_IN_A_ROW
+    from nanojax.meter import MAX_IN_A_ROW
 
     _, history, seen = usual
     found, _, _ = told([3.0] * 60, 5 * USUAL["grad_norm"][:60], history, seen)
@@ -85,7 +85,7 @@ def test_a_level_that_lasts_is_let_in_before_a_run_would_go_back(usual):
 
 
 def test_a_run_without_anything_to_learn_at_first_is_not_stuck():
-    from nanojax.loop import MAX_IN_A_ROW
+    from nanojax.meter import MAX_IN_A_ROW
 
     found, _, _ = told([0.0] * 130 + [3.0] * 40, [0.0] * 130 + [1.0] * 40)
     assert len(found) <= MAX_IN_A_ROW

@@ -362,4 +362,5 @@ def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
 def test_what_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
         train_module.main([presets["modern"], *flags.split(), "--data.cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run")])
-    assert not any(tmp_path.iterdir())
+    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]

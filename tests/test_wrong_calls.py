@@ -159,7 +159,7 @@ BARE = {
 }
 # More of them, in this process: what differs from those above is the message, not how the process ends.
 QUICK = {
-    "frobnicate": ("unknown verb 'frobnicate'", "there are train, eval"),
+    "frobnicate": ("unknown verb 'frobnicate'", "there are train, launch, eval"),
     "train preset_raises.py": ("preset_raises.py", "ZeroDivisionError", "run it with python"),
     "train preset_without.py": ("preset_without.py", "config = Config("),
     f"{HERE} --steps 0": ("steps=0", "above 0"),

@@ -118,6 +118,8 @@ def refusal(request: Request, available: Callable[[Request, int | None], bool | 
         return f"te runs on NVIDIA GPUs, and the device is a {request.platform}"
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return f"te takes bf16 or fp16, and activations are {jnp.dtype(request.dtype).name}"
+    if request.devices > 1:  # scripts/bench/LOG.md
+        return f"te serves one device: for {request.devices}, XLA ends the process while it compiles (TE 2.20.2, jax 0.11.2)"
     for window in dict.fromkeys(request.windows):
         found = available(request, window)
         if found is None:
