@@ -109,6 +109,7 @@ def check(results: dict, case: str) -> None:
     assert "involuntary" not in results["stderr"].lower(), "XLA gave up on a sharding"
 
 
+@pytest.mark.slow
 def test_loss_logits_and_gradients_are_those_of_one_device(found):
     check(found("quick"), *QUICK)
 

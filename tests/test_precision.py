@@ -250,6 +250,7 @@ def sharded_equals_whole() -> None:
     print("equal")
 
 
+@pytest.mark.slow
 def test_on_eight_devices_every_bit_is_that_of_one():
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",

@@ -122,6 +122,7 @@ def test_te_is_asked_for_the_kernel_that_it_will_be_told_to_run(te, documents):
         (dict(), lambda request, window: None, r"not installed \(pip install 'nanojax\[te\]'\)"),
         (dict(head_dim=36), NO, "no kernel for 3 rows of 29 tokens, 4 heads .2 kv. of 36, no window, on compute capability 9.0"),
         (dict(documents=9), NO, "in up to 9 documents"),
+        (dict(devices=2), YES, "te serves one device: for 2"),
         (dict(windows=(None, 7)), lambda request, window: window is None, "a window of 7"),
     ],
 )
