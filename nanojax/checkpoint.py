@@ -290,10 +290,15 @@ def require_same_kind(found: Manifest, target: dict[str, Any], place: Path) -> N
     """Refuse a checkpoint whose state has other parts, parameters and moments aside."""
     there, wanted = ({name for name in names if name.startswith("rest/")} for names in (found.arrays, named(target)))
     if strange := sorted(name for name in there ^ wanted if not name.startswith("rest/moments/")):
-        which, flag = ("has no", "an older nanojax or") if strange[0] in wanted else ("has", "a newer nanojax or without")
+        name = strange[0].removeprefix("rest/")
+        why = (
+            f"has no {name}: an older nanojax wrote it, or a run with --no-skip-spikes"
+            if strange[0] in wanted
+            else f"has {name}: a newer nanojax wrote it, or a run without --no-skip-spikes"
+        )
         raise UserError(
-            f"checkpoint {place} {which} {strange[0].removeprefix('rest/')}, because {flag} --no-skip-spikes wrote it; "
-            f"go on with the same version and flags, or start anew from its weights with --init-from {place.parent.parent}"
+            f"checkpoint {place} {why}; go on with the same version and flags, or start anew from its weights with "
+            f"--init-from {place.parent.parent}"
         )
 
 

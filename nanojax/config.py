@@ -1,6 +1,6 @@
 """What a run is: frozen dataclasses, one per noun, with the checks that cross their fields and the command line over them.
 
-A field that is None is derived; `Config.resolved` fills it in. Nothing here imports jax, so that `--help` is instant.
+A field that is None is derived; `sizes.resolve` fills it in. Nothing here imports jax, so that `--help` is instant.
 """
 
 from __future__ import annotations

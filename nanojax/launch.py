@@ -19,7 +19,8 @@ from typing import IO, Annotated, Literal
 
 from nanojax.checks import check_types, require_positive
 from nanojax.cli import FLAT, parse
-from nanojax.errors import Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError
+from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError
+from nanojax.files import open_regular
 from nanojax.lock import Lock
 from nanojax.progress import Mark, read_mark
 from nanojax.ranks import Ranks, find
@@ -66,8 +67,9 @@ def main(argv: Sequence[str]) -> None:
     own, run = split(argv)
     command = parse(LaunchCommand, own, prog="nanojax launch [flags] -- train [PRESET.py]", description=main.__doc__ or "")
     check_types(command)
-    for name in ("stall_seconds", "slow_seconds", "pause_seconds"):
-        require_positive(name, getattr(command, name))
+    for name in ("procs", "devices_per_proc", "stall_seconds", "slow_seconds", "pause_seconds"):
+        if getattr(command, name) is not None:
+            require_positive(name, getattr(command, name))
     trained, preset = read_command(run)
     if trained.ranks != Ranks() or trained.print_config:
         raise UserError(
@@ -132,6 +134,7 @@ class Job:
         lives = 0
         self.folder.make()
         with self._forwarding(), Lock(self.folder.path, f".launch-{self.hosts.process_id or 0}"):
+            self.folder.require_plain()
             while True:
                 before = self.step
                 code = self._live()
@@ -140,7 +143,7 @@ class Job:
                     return code
                 if lives == LIVES_WITHOUT_STEP:
                     words = f"{lives} starts in a row made no step after {self.step}, the last ended with {code}; look into {self.logs}"
-                    raise StorageError(words) if code == StorageError.exit_code else NanoJaxError(words)
+                    raise {kind.exit_code: kind for kind in (StorageError, DriftError)}.get(code, NanoJaxError)(words)
                 pause = min(LONGEST_PAUSE_S, self.command.pause_seconds * 2 ** max(0, lives - 1))
                 say(f"ended with {code} after step {self.step}; starting again in {pause:g} s")
                 until = time.monotonic() + pause
@@ -195,7 +198,7 @@ class Job:
             if self.command.platform:
                 own["JAX_PLATFORMS"] = self.command.platform
             log = self.logs / f"rank-{rank}.log"
-            with log.open("ab") as out:
+            with os.fdopen(open_regular(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab") as out:
                 written = out.tell()
                 child = subprocess.Popen(
                     argv,

@@ -177,8 +177,8 @@ class Loop:
         checkpoint, or where the run went back to this one already.
         """
         self.progress.note(slow=True)
-        with contextlib.suppress(NonFiniteError):
-            self.checkpoints.wait()
+        self.checkpoints.wait()
+        self.watch.read()  # a look at the state that is given up
         step, drift = self.interrupts.peers.share(lambda: self.checkpoints.latest), isinstance(bad, DriftError)
         if step is None or (DriftError in self._went_back if drift else step == self._went_back.get(NonFiniteError)):
             why = "there is no checkpoint to go back to" if step is None else f"going back to step {step} was no help"

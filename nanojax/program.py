@@ -110,7 +110,7 @@ class Phase:
     prepare: Callable[[dict[str, Array]], dict[str, Array]]
     """Master weights -> those that products read."""
     train_step: jax.stages.Wrapped
-    """jitted (TrainState, batch) -> (TrainState, metrics)."""
+    """jitted (TrainState, batch) -> (TrainState, metrics); where faults are on, factors come third (run_kind.py)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,7 +30,8 @@ class Progress:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        path.unlink(missing_ok=True)  # a link, in a folder that may come from anywhere, is not followed
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._moves, self._step, self._slow = 0, 0, True
         self.close = weakref.finalize(self, os.close, self._file)
         self.note()

@@ -35,7 +35,7 @@ class RunKind:
     @property
     def facts(self) -> dict[str, str]:
         """A line for the header where the run is deterministic."""
-        words = "the same bits from every run on the same devices, mesh and versions; on an H100 d12 has 0.71 of its speed so"
+        words = "the same bits from every run on the same devices, mesh and versions; what that costs is in scripts/bench/LOG.md"
         return {"determinism": words} if self.deterministic else {}
 
     def options(self, platform: str) -> dict[str, bool | int | str]:

@@ -33,7 +33,7 @@ FREE_ON_RESUME = frozenset(
 PRECISION = frozenset(
     f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
 )
-FOLDERS = ("checkpoints", "progress", "tensorboard", "profile")
+FOLDERS = ("checkpoints", "logs", "progress", "tensorboard", "profile")
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png")
 LARGEST_CONFIG = 2**22  # bytes; far above any that we write
 # Fields that decide which parameters there are.
@@ -42,7 +42,7 @@ SHAPES = ("depth", "vocab_size", "d_model", "head_dim", "n_kv_head", "ffn", "d_f
 
 @dataclass(frozen=True)
 class RunFolder:
-    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, progress/, tensorboard/, profile/."""
+    """config.json, tokenizer.json, checkpoints/, metrics.jsonl, summary.json, loss.png, progress/, logs/, tensorboard/, profile/, .lock."""
 
     path: Path
 

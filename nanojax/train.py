@@ -55,7 +55,7 @@ class TrainCommand:
     deterministic: bool = False
     """On GPUs, use only what gives the same bits in every run. CPUs do anyway."""
     skip_spikes: bool = True
-    """Leave out updates whose loss or gradient norm is 6 standard deviations above the last 128."""
+    """Leave out updates whose loss or gradient norm stands out among those of the last steps (spikes.py)."""
     print_config: bool = False
     """Print the config, flags applied and what follows from them filled in, and stop; what is None follows from the devices."""
     ranks: Annotated[Ranks, FLAT] = field(default_factory=Ranks)
@@ -109,7 +109,9 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
             data = peers.first_goes(lambda: prepare(command.config.data, command.config.model.vocab_size, peers.say))
         folder.require_seen()
         config = resolve(command.config, data.tokenizer.n_vocab)
-        peers.require_same({"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
+        flags = ("resume", "allow", "stop_after", "profile", "deterministic", "skip_spikes")
+        facts = {name: str(getattr(command, name)) for name in flags} | {"faults in the step": str(faults.in_step)}
+        peers.require_same(facts | {"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
         if command.resume and not to_go_on(folder, config, data, command, peers):
             return
         if not command.resume and config.train.init_from is not None:
@@ -326,7 +328,7 @@ def prepare_step(program: Program, command: TrainCommand, folder: RunFolder, int
     peers = interrupts.peers
     first = first_step(folder, command, peers)
     compiled = interrupts.beside(lambda: program.compile_step(first))
-    require_fit(program, compiled, peers.say)
+    interrupts.beside(lambda: require_fit(program, compiled, peers.say))
     peers.say(program.check_step(compiled), flush=True)
     if command.profile is not None and peers.first:
         write_record(folder.path / "profile", about(program, compiled, command.profile, peak), compiled.as_text() or "")

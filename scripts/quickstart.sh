@@ -6,7 +6,7 @@ source scripts/environment.sh viz
 
 run=runs/quickstart
 resume=
-compgen -G "$run/checkpoints/[0-9]*" > /dev/null && resume=--resume   # run again: what is there is used, a finished run is not repeated
+compgen -G "$run/checkpoints/*/manifest.json" > /dev/null && resume=--resume   # run again: what is there is used, a finished run is not repeated
 .venv/bin/nanojax train configs/tiny.py --out $run $resume
 
 echo

@@ -246,7 +246,7 @@ def test_the_launchers_flags_end_where_the_command_begins():
         ([], "runs nanojax train, given nothing"),
         (["--", "eval", "runs/x"], "given eval"),
         (["--procs", "2", "configs/tiny.py"], "given nothing"),
-        (["--procs", "0", "--", "train", "configs/tiny.py"], "starts a process for each GPU"),
+        (["--procs", "0", "--", "train", "configs/tiny.py"], "procs=0 must be above 0"),
         (["--proc", "2", "--", "train"], "unknown option --proc; did you mean --procs?"),
         (["--procs", "2", "--", "train", "--stepz", "3"], "unknown option --stepz"),
         (["--procs", "2", "--", "train", "--num-processes", "2"], "before the --"),

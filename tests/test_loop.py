@@ -112,7 +112,9 @@ def test_a_spike_is_left_out_and_a_run_without_the_rule_takes_it(hurt, presets, 
 def test_a_checkpoint_of_another_kind_of_state_is_refused_in_a_line(hurt, tmp_path):
     out = tmp_path / "run"
     hurt("", "--stop-after", "3", "--no-skip-spikes", out=out, expect=Interrupted)
-    with pytest.raises(UserError, match=r"checkpoints/3 has no history/grad_norm, because an older nanojax or --no-skip-spikes wrote it"):
+    with pytest.raises(
+        UserError, match=r"checkpoints/3 has no history/grad_norm: an older nanojax wrote it, or a run with --no-skip-spikes"
+    ):
         hurt("", "--resume", out=out, expect=())
 
 

@@ -146,7 +146,8 @@ def test_the_skypilot_task_gives_the_launcher_the_nodes_and_recovers_from_an_int
     assert run[run.index("--mesh") + 1] == f"data={task['num_nodes']},fsdp={task['resources']['accelerators'].split(':')[1]}"
     (mount,) = task["file_mounts"]
     assert run[run.index("--out") + 1].startswith(mount)
-    assert f'"$SKYPILOT_NODE_RANK" = 0 ]; then rm -f {run[run.index("--out") + 1]}/.lock; fi' in unlock
+    for left in (f'"{run[run.index("--out") + 1]}/.launch-$SKYPILOT_NODE_RANK"', f"{run[run.index('--out') + 1]}/.lock"):
+        assert f"rm -f {left};" in unlock, "what a node that is gone has locked"
     environment = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
     monkeypatch.setattr(launch, "find", lambda ranks: find(ranks, environment))
     job = Job(LaunchCommand(procs=8), run, RunFolder(tmp_path))

@@ -31,7 +31,7 @@ class Validation:
 
 
 def evaluate(eval_step: Callable, weights: dict[str, Array], batches: Iterable[Any], bytes_V: Array) -> Validation:
-    """Run `eval_step` (step.Program's) over batches and add up in float64 on the host. Waits for each batch."""
+    """Run `eval_step` (program.Program's) over batches and add up in float64 on the host. Waits for each batch."""
     sums = {"nats": 0.0, "bytes": 0.0, "all_nats": 0.0, "targets": 0.0}
     for batch in batches:
         for name, value in eval_step(weights, batch, bytes_V).items():

@@ -49,9 +49,8 @@ def te_attention(
         is_training=True,
         max_segments_per_seq=max_documents if packed else 1,
         window_size=span(window, tokens),
-        # Any name will do: on several devices this runs inside a shard_map over all axes, where TE cuts nothing (mesh.per_shard). Without
-        # one TE looks for a global MeshResource as soon as a mesh is set, in the backward pass too, where no context manager of ours is
-        # open any more.
+        # Any name will do: there is one device. Without it TE looks for a global MeshResource as soon as a mesh is set, in the backward
+        # pass too, where no context manager of ours is open any more.
         context_parallel_axis="context",
     )
 

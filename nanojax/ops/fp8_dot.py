@@ -1,8 +1,7 @@
 """A matrix product whose operands are rounded to 8 bits, forward and backward: Micikevicius et al. 2022, arXiv:2209.05433.
 
 A tensor has one scale, a power of two made from its own largest value ("current scaling"). Letters: B batch, T tokens, N of both,
-I in, O out, Y the outs of several
-matrices side by side.
+I in, O out, Y the outs of several matrices side by side.
 """
 
 from __future__ import annotations
