@@ -307,7 +307,8 @@ def remove(step: Path) -> None:
     if step.is_symlink() or not step.is_dir():
         step.unlink(missing_ok=True)
         return
-    (step / manifest.NAME).unlink(missing_ok=True)
+    with contextlib.suppress(IsADirectoryError):  # put there by whoever harmed it; it goes with the rest
+        (step / manifest.NAME).unlink(missing_ok=True)
     shutil.rmtree(step, ignore_errors=True)
 
 
