@@ -205,6 +205,7 @@ def train(
     profile = telemetry.ProfileWindow(command.profile if peers.first else None, folder.path / "profile")
     progress = Progress(folder.progress(peers.process))
     keep_compiled_programs(config.data.cache)
+    jax.devices()  # on all processes at once: they wait for one another here, and process 0 alone looks at checkpoints next
     checkpoints = open_checkpoints(config, command, folder, interrupts, faults)
     program, faults.rank = make_program(config, run=kind_of(command, faults)), peers.process
     checkpoints.require_space(program.shapes)
