@@ -89,7 +89,7 @@ def test_microbatches_divide_the_rows_of_a_device():
 def test_time_by_hand():
     product = Op("a", "dot", "", "jit(f)/jvp(block_0)/ffn/dot_general", 7e11, 1, 2)
     attention = dataclasses.replace(product, scope="jit(f)/jvp(block_0)/attention/attend/sdpa", flops=3.7e11, times=1)
-    add = Op("b", "fusion", "", "", 0, int(8e9), 4)
+    add = Op("b", "fusion", "", "", 0, int(8.7e9), 4)
     assert expected_seconds((product, attention, add), 1e12, 1e11) == pytest.approx(2 * 1 + 1 + 4 * 0.1)
 
 
