@@ -242,7 +242,6 @@ def request_of(config: Config, mesh: Mesh, rows: int) -> Request:
         platform=platform,
         capability=min(capabilities, key=float, default=None),
         dtype=DTYPES[formats(config, platform)[0]],
-        devices=mesh.size,
         rows=rows,
         tokens=config.model.seq_len,
         heads=config.model.n_head // tensor // context,

@@ -121,23 +121,38 @@ def test_they_are_in_other_ways_too(found, case):
     check(found("slow"), case)
 
 
+TE = pytest.mark.te
+
+
 @pytest.mark.multigpu
+@pytest.mark.parametrize("axis", ["data", "fsdp", "tensor", "context"])
 @pytest.mark.parametrize(
-    ("kv_heads", "window"),
-    [(4, None), (1, 100)],
+    ("name", "kv_heads", "window", "documents"),
+    [
+        ("cudnn", 4, None, None),
+        ("cudnn", 2, 100, None),
+        pytest.param("te", 4, None, None, marks=TE),
+        pytest.param("te", 2, 100, None, marks=TE),
+        pytest.param("te", 2, None, 5, marks=TE),
+        pytest.param("te", 2, 200, 5, marks=TE),
+    ],
 )
-def test_fused_attention_over_two_gpus_agrees_with_the_reference(kv_heads, window):
+def test_fused_attention_over_two_gpus_agrees_with_the_reference(axis, name, kv_heads, window, documents):
     shape = dict(rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128)
-    fused_over_two(Request(platform="gpu", dtype=jnp.bfloat16, devices=2, **shape), "cudnn", window)
+    fused_over_two(Request(platform="gpu", dtype=jnp.bfloat16, documents=documents, **shape), axis, name, window)
 
 
-def fused_over_two(request: Request, name: str, window: int | None) -> None:
+def fused_over_two(request: Request, axis: str, name: str, window: int | None) -> None:
     """Forward and backward, under rematerialisation, on the first two devices."""
-    mesh = make_mesh({"context": 2}, jax.devices()[:2])
+    mesh = make_mesh({axis: 2}, jax.devices()[:2])
     inputs = draw(request)
     exact = [x if x is None or x.dtype == jnp.int32 else x.astype(jnp.float32) for x in inputs]
     want = reference(window, *exact)
-    cut = [None if x is None else jax.device_put(x, NamedSharding(mesh, spec(("batch", "tokens")))) for x in inputs]
+    heads = ("heads", "kv_heads", "kv_heads", "heads")
+    cut = [
+        None if x is None else jax.device_put(x, NamedSharding(mesh, spec(("batch", "tokens", *of))))
+        for x, of in zip(inputs, [*((h,) for h in heads), ()], strict=True)
+    ]
 
     def attention(*qkv, **sight):
         return jax.checkpoint(functools.partial(per_shard(make_attention(name, request.documents), mesh), **sight))(*qkv)

@@ -127,7 +127,7 @@ def test_attention_is_asked_for_what_one_device_has_to_do():
     assert program_of().request.documents is None
     # Over context: whole rows, a share of the heads, and of those of keys as many copies as are needed.
     mesh: Any = SimpleNamespace(size=2, shape=dict(tensor=1, context=2), devices=np.array(jax.devices()[:1]))
-    assert request_of(config, mesh, rows=2) == dataclasses.replace(request, devices=2, heads=1, kv_heads=1)
+    assert request_of(config, mesh, rows=2) == dataclasses.replace(request, heads=1, kv_heads=1)
 
 
 def test_each_phase_prepares_and_trains_in_its_own_precision():

@@ -17,8 +17,6 @@ class Request:
     """Lowest CUDA compute capability of the devices, '9.0'; None where there is none."""
     dtype: DTypeLike
     """Of queries, keys and values."""
-    devices: int = 1
-    """Of the mesh, in all."""
     rows: int
     tokens: int
     heads: int

@@ -5,13 +5,15 @@ B batch, T tokens, N query heads, K key and value heads, H head size, M most doc
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from nanojax.ops.attention_request import Request
 
@@ -30,6 +32,19 @@ def te_attention(
     `max_documents` is static. What comes after a row's first `max_documents` documents is lost without a word: the packer caps them.
     Ask `refusal` first; the kernel raises on what it does not have.
     """
+    attend = functools.partial(fused, window=window, max_documents=max_documents)
+    return without_empty_residuals(attend)(q_BTNH, k_BTKH, v_BTKH, segments_BT)
+
+
+def fused(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None,
+    window: int | None,
+    max_documents: int,
+) -> Float[Array, "B T N H"]:
+    """Transformer Engine's own function."""
     from transformer_engine.jax import attention as te  # pyright: ignore[reportMissingImports]  # optional
 
     rows, tokens, _, size = q_BTNH.shape
@@ -49,10 +64,38 @@ def te_attention(
         is_training=True,
         max_segments_per_seq=max_documents if packed else 1,
         window_size=span(window, tokens),
-        # Any name will do: there is one device. Without it TE looks for a global MeshResource as soon as a mesh is set, in the backward
-        # pass too, where no context manager of ours is open any more.
+        # Any name will do: a device has its own rows and heads. Without it TE looks for a global MeshResource as soon as a mesh is set, in
+        # the backward pass too, where no context manager of ours is open any more.
         context_parallel_axis="context",
     )
+
+
+def without_empty_residuals(
+    f: Callable[[Array, Array, Array, Array | None], Array],
+) -> Callable[[Array, Array, Array, Array | None], Array]:
+    """f, differentiable in its first three arguments, whose backward pass is handed no array without elements.
+
+    TE hands itself some, for a bias that is not there; each leaves the shard_map around attention, and XLA (jax 0.11.2) ends the process
+    while it compiles an empty array that is cut over several devices.
+    """
+
+    def forward(q: Array, k: Array, v: Array, segments: Array | None) -> tuple[Array, Callable[[], Callable]]:
+        out, pull = jax.vjp(lambda q, k, v: f(q, k, v, segments), q, k, v)
+        leaves, tree = jax.tree.flatten(pull)
+        empty = [None if x.size else jax.typeof(x) for x in leaves]
+
+        def whole(*kept: ArrayLike) -> Callable:
+            rest = iter(kept)
+            return tree.unflatten([next(rest) if e is None else jnp.zeros(e.shape, e.dtype) for e in empty])
+
+        return out, jax.tree_util.Partial(whole, *(x for x in leaves if x.size))
+
+    def backward(pull: Callable[[], Callable], g: Array) -> tuple[Array, Array, Array, None]:
+        return *pull()(g), None
+
+    lean = jax.custom_vjp(f)
+    lean.defvjp(forward, backward)
+    return lean
 
 
 def require_deterministic() -> None:
@@ -117,8 +160,6 @@ def refusal(request: Request, available: Callable[[Request, int | None], bool | 
         return f"te runs on NVIDIA GPUs, and the device is a {request.platform}"
     if request.dtype not in (jnp.bfloat16, jnp.float16):
         return f"te takes bf16 or fp16, and activations are {jnp.dtype(request.dtype).name}"
-    if request.devices > 1:  # scripts/bench/LOG.md
-        return f"te serves one device: for {request.devices}, XLA ends the process while it compiles (TE 2.20.2, jax 0.11.2)"
     for window in dict.fromkeys(request.windows):
         found = available(request, window)
         if found is None:
