@@ -31,7 +31,8 @@ def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...]):
 def backward(kept: tuple[Array, tuple[Array, ...]], dy_BTY: Float[Array, "B T Y"]):
     """One product each, instead of one a matrix and their sum."""
     x_BTI, ws = kept
-    return dy_BTY @ jnp.concatenate(ws, axis=1).T, jnp.einsum("BTI,BTY->IY", x_BTI, dy_BTY)
+    # Not by a transposed copy: on a mesh XLA gathers one again, where it has the matrix from the way forward.
+    return jnp.einsum("BTY,IY->BTI", dy_BTY, jnp.concatenate(ws, axis=1)), jnp.einsum("BTI,BTY->IY", x_BTI, dy_BTY)
 
 
 PLAIN_PRODUCTS = Products(forward, backward)
