@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import shutil
 import signal
@@ -52,6 +53,8 @@ class LaunchCommand:
     """Without a sign of life for so long, or 10 median steps if that is longer, a run is stuck: stacks are written, and it starts again."""
     slow_seconds: float = 1200.0
     """The same where a run starts, compiles or saves."""
+    leave_seconds: float = 120.0
+    """From SIGTERM on, to save and end; what then still runs writes its stacks and is killed."""
     pause_seconds: float = 5.0
     """Before the second start; twice as long before each further one that follows no new step."""
     go_on: bool = False
@@ -67,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     own, run = split(argv)
     command = parse(LaunchCommand, own, prog="nanojax launch [flags] -- train [PRESET.py]", description=main.__doc__ or "")
     check_types(command)
-    for name in ("procs", "devices_per_proc", "stall_seconds", "slow_seconds", "pause_seconds"):
+    for name in ("procs", "devices_per_proc", "stall_seconds", "slow_seconds", "leave_seconds", "pause_seconds"):
         if getattr(command, name) is not None:
             require_positive(name, getattr(command, name))
     trained, preset = read_command(run)
@@ -128,6 +131,8 @@ class Job:
         self.seconds: list[float] = []
         """Between steps, of this life."""
         self.signals = 0
+        self.leave_by = math.inf
+        """When the processes must have ended, once a signal has come."""
 
     def supervise(self) -> int:
         """Run until an end that is final. Returns its exit code."""
@@ -240,6 +245,8 @@ class Job:
     def _stuck(self) -> str:
         """Why the job is stuck, in words; empty while it is not. Processes wait for the slowest: the last sign of any is what counts."""
         running = [process for process in self.processes if process.code is None]
+        if running and time.monotonic() > self.leave_by:
+            return f"no end {self.command.leave_seconds:g} s after a signal, at step {self.step}"
         slow = any(process.mark is None or process.mark.slow for process in running)
         steps = STALL_STEPS * statistics.median(self.seconds) if self.seconds else 0.0
         limit = self.command.slow_seconds if slow else max(self.command.stall_seconds, steps)
@@ -273,6 +280,7 @@ class Job:
 
         def forward(number: int, _: object) -> None:
             self.signals += 1
+            self.leave_by = min(self.leave_by, time.monotonic() + self.command.leave_seconds)
             for process in self.processes:
                 process.send(signal.SIGTERM if self.signals == 1 else signal.SIGKILL)
 

@@ -157,9 +157,23 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(job):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_what_does_not_end_after_a_signal_shows_its_stacks_and_is_killed(job, capfd):
+    """Though it compiles, say, for which there is all the time in the world."""
+    ignored = "progress.note(slow=True); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 2: time.sleep(60)"
+    made = job(ignored, leave_seconds=1.0)
+    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    began = time.monotonic()
+    assert made.supervise() == 137
+    assert time.monotonic() - began < 20
+    assert lives(made) == 1
+    assert "stuck: no end 1 s after a signal, at step 2" in capfd.readouterr().err
+    for rank in range(2):
+        assert "in story" in (made.logs / f"rank-{rank}.log").read_text()
+
+
 @pytest.mark.slow
 def test_the_second_signal_kills(job):
-    made = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 5: time.sleep(60)")
+    made = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 5: time.sleep(60)", stall_seconds=60.0)
     for seconds in (2.0, 3.0):
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert made.supervise() == 137
