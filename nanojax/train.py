@@ -241,8 +241,7 @@ def train(
             progress=progress,
         )
         if command.resume:  # what the saved config says must be true of the newest checkpoint, whenever this process ends
-            # All wait for that checkpoint. Did only process 0, the next step of the others would keep their GPUs waiting for its part in
-            # it, and with them their part in the checkpoint that it waits for.
+            # Together: did process 0 alone wait, the others' next step would wait for it on their GPUs, and their part of the save too.
             loop.on_first_save = functools.partial(folder.write, config, data) if peers.first else lambda: None
         with loop:
             state, outcome = loop.run(state, saved, started)
