@@ -40,6 +40,7 @@ KINDS: dict[str, tuple[str, float | None]] = {
     "slow": ("the process takes x times as long from step to step", 2.0),
     "slow_data": ("the batch comes x seconds late", 1.0),
     "data_error": ("reading the batch fails", None),
+    "slow_save": ("the save of the step takes x seconds longer", 1.0),
     "io_error": ("the save of the step fails", None),
     "sigterm": ("the process gets SIGTERM before the step", None),
     "crash": ("the process kills itself before the step, with SIGKILL", None),
@@ -238,6 +239,8 @@ class Faults:
 
     def in_save(self, step: int) -> None:
         """What happens to a save in the background. Raises OSError."""
+        if entry := self.strikes("slow_save", step, step):
+            time.sleep(entry.x or 0)
         if self.strikes("io_error", step, step):
             raise OSError(errno.EIO, f"{os.strerror(errno.EIO)}, by {VARIABLE}")
 

@@ -134,6 +134,15 @@ def test_what_strikes_the_host_strikes_a_number_once():
     assert struck == [3, 4]
 
 
+def test_a_save_takes_longer():
+    faults = Faults(parse_faults("slow_save@step=3,x=0.05"))
+    began = time.monotonic()
+    faults.in_save(2)
+    assert time.monotonic() - began < 0.05
+    faults.in_save(3)
+    assert time.monotonic() - began >= 0.05
+
+
 def test_data_is_late_or_cannot_be_read():
     faults = Faults(parse_faults("slow_data@step=1,x=0.05; data_error@batch=2"))
     began = time.monotonic()

@@ -176,7 +176,9 @@ def test_the_second_signal_kills(job):
     made = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 5: time.sleep(60)", stall_seconds=60.0)
     for seconds in (2.0, 3.0):
         threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
     assert made.supervise() == 137
+    assert time.monotonic() - began < 20, "neither stuck nor slow to leave: killed"
     assert lives(made) == 1
 
 

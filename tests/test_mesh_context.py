@@ -130,14 +130,15 @@ TE = pytest.mark.te
     ("name", "kv_heads", "window", "documents"),
     [
         ("cudnn", 4, None, None),
-        ("cudnn", 2, 100, None),
+        ("cudnn", 1, 100, None),
         pytest.param("te", 4, None, None, marks=TE),
-        pytest.param("te", 2, 100, None, marks=TE),
+        pytest.param("te", 1, 100, None, marks=TE),
         pytest.param("te", 2, None, 5, marks=TE),
-        pytest.param("te", 2, 200, 5, marks=TE),
+        pytest.param("te", 1, 200, 5, marks=TE),
     ],
 )
 def test_fused_attention_over_two_gpus_agrees_with_the_reference(axis, name, kv_heads, window, documents):
+    kv_heads = max(kv_heads, 2 if axis == "tensor" else 1)  # which cuts heads of keys, and copies none
     shape = dict(rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128)
     fused_over_two(Request(platform="gpu", dtype=jnp.bfloat16, documents=documents, **shape), axis, name, window)
 

@@ -36,10 +36,10 @@ def train(preset: str, out: Path, *flags: str, **more: str) -> dict:
     return json.loads((out / "summary.json").read_text())
 
 
-def launch(preset: str, out: Path, *flags: str, own: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def launch(preset: str, out: Path, *flags: str, own: tuple[str, ...] = (), **more: str) -> subprocess.Popen[str]:
     argv = [sys.executable, "-m", "nanojax", "launch", "--procs", "2", "--platform", "cpu", "--pause-seconds", "1", *own, "--"]
     argv += ["train", preset, "--out", str(out), *flags]
-    return subprocess.Popen(argv, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(argv, env=environment(**more), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def finish(job: subprocess.Popen[str]) -> tuple[int, str]:
@@ -165,3 +165,18 @@ def test_damage_that_one_process_finds_is_walked_past_by_all_and_a_refusal_of_on
     assert ended[0].stderr.count("moved to 25.corrupt; step 20 is read instead") == 1
     assert "corrupt" not in ended[1].stderr
     assert json.loads((out / "summary.json").read_text())["state_sha256"] == undisturbed["state_sha256"]
+
+
+def test_no_process_goes_on_before_the_first_save_of_a_run_that_was_resumed_is_a_checkpoint(presets, tmp_path):
+    """Process 0 waits for that one. On GPUs the others' next step would wait for it, and it for their part of the save."""
+    out, furthest = tmp_path / "run", 0
+    ended = start_two(presets["modern"], out, [["--stop-after", "5"]] * 2)
+    assert [each.returncode for each in ended] == [75, 75], ended
+    job = launch(presets["modern"], out, "--resume", NANOJAX_FAULT="slow_save@step=10,rank=0,x=4")
+    while job.poll() is None:
+        mark = read_mark(out / "progress/1")
+        if mark and max(complete_steps(out / "checkpoints")) < 10:
+            furthest = max(furthest, mark.step)
+        time.sleep(0.01)
+    assert finish(job) == (0, "")
+    assert furthest == 10
