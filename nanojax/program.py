@@ -346,7 +346,7 @@ def make_program(
     packed, blocks = config.data.mask_documents, train.loss_blocks
     total = vocabulary.per_device(functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient), mesh)
     evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
-    jit = functools.partial(jax.jit, compiler_options=run.options(site.platform) or None)
+    jit = functools.partial(jax.jit, compiler_options=run.options(site.platform, site.mesh.shape["fsdp"]) or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)

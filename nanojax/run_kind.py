@@ -9,6 +9,9 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False},
     "cpu": {},
 }
+# Gradients that a device scatters together, at most. XLA's own limit is on what it keeps of them, 30 MiB: on two devices nearly the same,
+# on eight all that d12 has, when the way back is over and little is left to hide them behind.
+SCATTERED_TOGETHER = 64 << 20  # bytes
 # Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
 PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
 # Of a run that repeats bit for bit: sums in a fixed order in scatters, reductions and cuDNN's attention, and no kernel chosen by its time,
@@ -38,9 +41,11 @@ class RunKind:
         words = "the same bits from every run on the same devices, mesh and versions; what that costs is in scripts/bench/LOG.md"
         return {"determinism": words} if self.deterministic else {}
 
-    def options(self, platform: str) -> dict[str, bool | int | str]:
-        """XLA's flags."""
+    def options(self, platform: str, fsdp: int = 1) -> dict[str, bool | int | str]:
+        """XLA's flags, for a mesh with `fsdp` devices on that axis."""
         options: dict[str, bool | int | str] = dict(COMPILER_OPTIONS.get(platform, {}))
+        if platform == "gpu" and fsdp > 1:
+            options["xla_gpu_reduce_scatter_combine_threshold_bytes"] = SCATTERED_TOGETHER // fsdp
         options |= PROFILER_OPTIONS.get(platform, {}) if self.profiled else {}
         return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if self.deterministic else {})
 
