@@ -74,8 +74,9 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
     except OSError as error:
         if debug or error.errno is None:  # a library that cannot be loaded, for one, is no matter of storage
             raise
-        print(f"nanojax: error: {error.strerror or error}: {culprit(error)}", file=sys.stderr)
-        code = UserError.exit_code if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR) else StorageError.exit_code
+        in_a_line = of_storage(error)
+        print(f"nanojax: error: {in_a_line}", file=sys.stderr)
+        code = in_a_line.exit_code
     except (RuntimeError, AssertionError) as error:
         platforms = os.environ.get("JAX_PLATFORMS")
         if debug or not platforms or not of_backends(error):
@@ -90,6 +91,12 @@ def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None =
         print("nanojax: interrupted: nothing was saved", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def of_storage(error: OSError) -> UserError | StorageError:
+    """An OSError as one of ours: a path that is not there is the user's, the rest the disk's."""
+    kind = UserError if error.errno in (errno.ENAMETOOLONG, errno.ENOENT, errno.ENOTDIR) else StorageError
+    return kind(f"{error.strerror or error}: {culprit(error)}")
 
 
 def culprit(error: OSError) -> str:

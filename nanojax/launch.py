@@ -78,6 +78,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(
             "the launcher numbers the processes of a run; put --coordinator and its like before the --, and leave out --print-config"
         )
+    if command.nodes.local_devices is not None:
+        raise UserError(
+            f"the launcher deals out the GPUs of a host, given --local-devices {command.nodes.local_devices}; set CUDA_VISIBLE_DEVICES to "
+            "those it may use, and --devices-per-proc"
+        )
     job = Job(command, run, RunFolder(Path(trained.out or f"runs/{preset}")))
     if code := job.supervise():
         sys.exit(code)

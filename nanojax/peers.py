@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from nanojax.errors import NanoJaxError, UserError
+from nanojax.errors import NanoJaxError, UserError, of_storage
 
 T = TypeVar("T")
 POLL_S = 0.5  # between looks at whether another process has ended
@@ -52,6 +52,10 @@ class Peers:
         self._leaving.set()
         if error is None or not self.several:
             return
+        if isinstance(error, OSError) and not isinstance(error, NanoJaxError) and error.errno is not None:
+            told = of_storage(error)
+            self.__exit__(type(told), told, trace)
+            raise told from error
         lost = type(error).__name__ == "JaxRuntimeError"  # of a collective, mostly; by name, so that jax need not be imported here
         if lost:
             why = str(error).splitlines()[0][:160]

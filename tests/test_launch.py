@@ -267,6 +267,7 @@ def test_the_launchers_flags_end_where_the_command_begins():
         (["--procs", "2", "--", "train", "--stepz", "3"], "unknown option --stepz"),
         (["--procs", "2", "--", "train", "--num-processes", "2"], "before the --"),
         (["--procs", "2", "--stall-seconds", "0", "--", "train"], "stall_seconds=0"),
+        (["--procs", "2", "--local-devices", "1,0", "--", "train"], "deals out the GPUs of a host, given --local-devices 1,0; set CUDA_"),
         (["--procs", "2", "--num-processes", "2", "--", "train"], "2 processes need --coordinator"),
     ],
 )

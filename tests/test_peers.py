@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from nanojax.errors import NanoJaxError, UserError
+from nanojax.errors import NanoJaxError, StorageError, UserError
 from nanojax.interrupts import Interrupts, Stop
 from nanojax.peers import ALONE, SKEW, Peers
 
@@ -139,17 +139,27 @@ def test_a_signal_where_processes_leave_together_raises_at_a_point_and_nowhere_e
     assert interrupts.name == "SIGTERM to process 0"
 
 
-def test_one_that_fails_is_heard_by_all_and_leaves_abruptly():
+@pytest.mark.parametrize(
+    ("error", "told", "kind"),
+    [
+        (UserError("a shard is corrupt"), '{"code": 2, "words": "a shard is corrupt", "process": 0}', UserError),
+        (OSError(5, "Input/output error", "x.bin"),
+         '{"code": 4, "words": "Input/output error: x.bin; give another path, or mend this one", "process": 0}', StorageError),
+        (FileNotFoundError(2, "No such file or directory", "x.bin"),
+         '{"code": 2, "words": "No such file or directory: x.bin; give another path, or mend this one", "process": 0}', UserError),
+    ],
+)  # fmt: skip
+def test_one_that_fails_is_heard_by_all_and_leaves_abruptly(error, told, kind):
     def work(peers: Peers):
         if peers.process == 1:
             return peers._client.blocking_key_value_get("nanojax/end", 5000), peers._client.wait_at_barrier("nanojax/ended", 5000)
         with peers:
-            raise UserError("a shard is corrupt")
+            raise error
 
     failed, heard = both(work)
-    assert isinstance(failed, NanoJaxError)
+    assert type(failed) is kind
     assert failed.abrupt
-    assert heard[0] == '{"code": 2, "words": "a shard is corrupt", "process": 0}'
+    assert heard[0] == told
 
 
 def test_a_collective_that_fails_is_one_line_and_no_bug_of_ours():
