@@ -90,7 +90,7 @@ class ModelConfig:
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise UserError(f"window_pattern={self.window_pattern!r:.40} must be made of S and L; try SSSL")
         if "L" in self.window_pattern and self.window is None:
-            raise UserError(f"window_pattern={self.window_pattern} needs a window for its S; add --window {self.seq_len // 4}")
+            raise UserError(f"window_pattern={self.window_pattern} needs a window; add --window {self.seq_len // 4}")
         if self.window is not None and not any(self.windows):
             raise UserError(
                 f"window={self.window} is for layers that are S, and window_pattern={self.window_pattern:.40} makes none of "

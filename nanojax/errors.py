@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class NanoJaxError(Exception):
@@ -50,6 +51,27 @@ class Interrupted(NanoJaxError):
     """The run stopped early on request, its state saved if there was any; start it again."""
 
     exit_code = 75
+
+
+class _Unread(io.FileIO):
+    """A stream whose reader may go: what is written after that is dropped."""
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            return len(data)
+
+
+def outlive_readers() -> None:
+    """From here on the process is not ended because what showed its output is gone, as a `tee`: for what must run on for days."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):  # another one is a test's or a notebook's
+            stream.flush()
+            raw = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 
 def run_main(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> NoReturn:

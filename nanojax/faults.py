@@ -157,6 +157,12 @@ class Faults:
         entries = parse_faults(environment.get(VARIABLE, ""))
         return cls(tuple(entry for entry in entries if entry.resumed in (None, resumed)))
 
+    def require_ranks(self, processes: int) -> None:
+        """Raise UserError on a fault that is meant for a process which there is not."""
+        for entry in self.entries:
+            if entry.rank is not None and entry.rank >= processes:
+                raise UserError(f"{VARIABLE} takes ranks from 0 to {processes - 1} in this run, given {entry}; name one of these, or none")
+
     @property
     def facts(self) -> dict[str, str]:
         """A line for the header where there are any."""

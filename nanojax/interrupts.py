@@ -52,7 +52,8 @@ class Interrupts:
         del frame
         which = signal.Signals(number)
         self.name = which.name
-        signal.signal(which, self._old[which])
+        for each, handler in self._old.items():  # the second ends at once, whichever it is
+            signal.signal(each, handler)
         if self._waiting:
             raise Stop
 

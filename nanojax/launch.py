@@ -20,7 +20,7 @@ from typing import IO, Annotated, Literal
 
 from nanojax.checks import check_types, require_positive
 from nanojax.cli import FLAT, parse
-from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError
+from nanojax.errors import DriftError, Interrupted, NanoJaxError, NonFiniteError, StorageError, UserError, outlive_readers
 from nanojax.files import open_regular
 from nanojax.lock import Lock
 from nanojax.progress import Mark, read_mark
@@ -83,6 +83,7 @@ def main(argv: Sequence[str]) -> None:
             f"the launcher deals out the GPUs of a host, given --local-devices {command.nodes.local_devices}; set CUDA_VISIBLE_DEVICES to "
             "those it may use, and --devices-per-proc"
         )
+    outlive_readers()
     job = Job(command, run, RunFolder(Path(trained.out or f"runs/{preset}")))
     if code := job.supervise():
         sys.exit(code)
@@ -147,7 +148,10 @@ class Job:
             self.folder.require_plain()
             while True:
                 before = self.step
-                code = self._live()
+                try:
+                    code = self._live()
+                finally:
+                    self._end_all()
                 lives = 0 if self.step > before else lives + 1
                 if code in FINAL or self.signals:
                     return code
@@ -238,7 +242,7 @@ class Job:
         """Note which processes gave a sign of life. In what is slow, what they print is one: tokenising shows nowhere else."""
         now = time.monotonic()
         for process in self.processes:
-            before, written = process.mark, process.log.stat().st_size
+            before, written = process.mark, process.log.stat().st_size if process.log.exists() else process.written
             mark = read_mark(self.folder.progress(process.rank))
             if mark == before and (written == process.written or (mark and not mark.slow)):
                 continue
@@ -265,6 +269,16 @@ class Job:
             process.child.send_signal(signal.SIGUSR1)
             process.child.send_signal(signal.SIGCONT)  # one that was stopped could write nothing
         time.sleep(STACKS_S)
+        for process in self.processes:
+            process.send(signal.SIGKILL)
+
+    def _end_all(self) -> None:
+        """Where watching them failed, have the processes that still run save and end, and kill them when it is too late for that."""
+        until = min(self.leave_by, time.monotonic() + self.command.leave_seconds)
+        for process in self.processes:
+            process.send(signal.SIGTERM)
+        while time.monotonic() < until and any(process.code is None for process in self.processes):
+            time.sleep(POLL_S)
         for process in self.processes:
             process.send(signal.SIGKILL)
 
@@ -329,7 +343,7 @@ def echo(shown: IO[bytes]) -> None:
 
 def last_line(log: Path) -> str:
     """Of a log, the last line that is not empty."""
-    lines = log.read_text(errors="replace").split("\n")
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line for line in reversed(lines) if line.strip()), "it printed nothing")[:300]
 
 

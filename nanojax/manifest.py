@@ -20,6 +20,7 @@ from typing import Any
 NAME = "manifest.json"
 LARGEST = 2**22  # bytes of a manifest; that of a thousand arrays in ten thousand files has 2**21
 VERSION = 1
+STEP = re.compile("0|[1-9][0-9]{0,9}")  # the name of a checkpoint's folder
 
 
 class Damaged(Exception):
@@ -104,7 +105,7 @@ def complete_steps(folder: Path) -> list[int]:
     """Steps that have a checkpoint below a folder, in order."""
     if not folder.is_dir():
         return []
-    return sorted(int(child.name) for child in folder.iterdir() if re.fullmatch("[0-9]{1,10}", child.name) and (child / NAME).is_file())
+    return sorted(int(child.name) for child in folder.iterdir() if STEP.fullmatch(child.name) and (child / NAME).is_file())
 
 
 def regular_files(folder: Path) -> Iterator[tuple[str, int]]:

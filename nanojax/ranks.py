@@ -103,7 +103,7 @@ def slurm(environ: Mapping[str, str]) -> Ranks:
     head = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", environ["SLURM_STEP_NODELIST"])
     host = "".join(filter(None, head.groups())) if head else environ["SLURM_STEP_NODELIST"]
     return Ranks(
-        coordinator=f"{host}:{port_of(whole('SLURM_JOB_ID', environ) or 0)}",
+        coordinator=f"{host}:{port_of(whole('SLURM_JOB_ID', environ) or 0)}" if host else None,
         num_processes=whole(tasks, environ),
         process_id=whole("SLURM_PROCID", environ),
         local_devices=own_device("SLURM_LOCALID", environ),
@@ -130,8 +130,9 @@ def kubernetes(environ: Mapping[str, str]) -> Ranks:
 
 def skypilot(environ: Mapping[str, str]) -> Ranks:
     """A node of SkyPilot, which takes all of its GPUs."""
+    first = next(iter(environ["SKYPILOT_NODE_IPS"].split()), None)
     return Ranks(
-        coordinator=f"{environ['SKYPILOT_NODE_IPS'].split()[0]}:{SKYPILOT_PORT}",
+        coordinator=f"{first}:{SKYPILOT_PORT}" if first else None,
         num_processes=whole("SKYPILOT_NUM_NODES", environ),
         process_id=whole("SKYPILOT_NODE_RANK", environ),
     )

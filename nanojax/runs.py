@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanojax import manifest
 from nanojax.config import Attention, Config
 from nanojax.data.shards import Prepared
 from nanojax.errors import StorageError, UserError
 from nanojax.files import FAILING, parse_json, printable, read_regular, require_plain_folder, require_regular
 from nanojax.lock import NAME as LOCK
 from nanojax.lock import Lock
-from nanojax.manifest import complete_steps
 from nanojax.sizes import resolve
 from nanojax.tokenizer import Tokenizer, write_atomically
 
@@ -61,7 +61,7 @@ class RunFolder:
     @property
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, in order; found without importing jax."""
-        return complete_steps(self.checkpoints)
+        return manifest.complete_steps(self.checkpoints)
 
     @property
     def has_checkpoint(self) -> bool:
@@ -140,8 +140,15 @@ class RunFolder:
         self.write_json("config.json", record)
 
     def finished(self, config: Config) -> bool:
-        """Whether the newest checkpoint is of the last step and the summary is written."""
-        return self.steps[-1:] == [config.steps] and (self.path / "summary.json").is_file()
+        """Whether the newest checkpoint is of the last step and what was saved, and the summary is written."""
+        if self.steps[-1:] != [config.steps] or not (self.path / "summary.json").is_file():
+            return False
+        place = self.checkpoints / str(config.steps)
+        try:
+            manifest.read(place).check_files(place)
+        except manifest.Damaged:
+            return False  # going on says what is wrong with it, and goes back
+        return True
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from nanojax.checks import check_types, parse_window, require_positive
 from nanojax.cli import FLAT, parse, split_preset, value_of
 from nanojax.config import Config
-from nanojax.errors import Interrupted, UserError, run_main
+from nanojax.errors import Interrupted, UserError, outlive_readers, run_main
 from nanojax.faults import Faults
 from nanojax.interrupts import Interrupts, Stop
 from nanojax.progress import Progress, show_stacks_on_request
@@ -70,12 +70,14 @@ def main(argv: Sequence[str]) -> None:
         print(derived(command.config).text(), end="")
         return
     faults, ranks = Faults.from_environment(resumed=command.resume), find(command.ranks)
+    faults.require_ranks(ranks.num_processes or 1)
 
     from nanojax.runs import RunFolder
 
     folder = RunFolder(Path(command.out or f"runs/{preset}"))
     folder.require_cache_elsewhere(command.config)
     show_stacks_on_request()
+    outlive_readers()
     with Interrupts() as interrupts, stop_told(interrupts):
         interrupts.peers = connect(ranks, interrupts.beside)
         with interrupts.peers, stop_told(interrupts):

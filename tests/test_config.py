@@ -130,7 +130,7 @@ def test_the_nanochat_block_takes_changes():
         (lambda: ModelConfig(n_kv_head=4), "n_head=6 must be a multiple of n_kv_head=4; try --n-kv-head 3"),
         (lambda: ModelConfig(n_kv_head=12), "n_head=6 must be a multiple of n_kv_head=12; try --n-kv-head 6"),
         (lambda: ModelConfig(window_pattern="SSXL", window=4), "window_pattern='SSXL' must be made of S and L; try SSSL"),
-        (lambda: ModelConfig(window_pattern="SL"), "window_pattern=SL needs a window for its S; add --window 512"),
+        (lambda: ModelConfig(window_pattern="SL"), "window_pattern=SL needs a window; add --window 512"),
         (
             lambda: ModelConfig(window=8, window_pattern="LLLL"),
             "window=8 is for layers that are S, and window_pattern=LLLL makes none of depth=12",

@@ -46,7 +46,7 @@ FLAGS = {
     "--depth 5000": ("depth=5000, d_model=64 must be at most 1024 and 131072", "choose a smaller model"),
     "--optim.warmup-steps 100": ("optim.warmup_steps=100 must not exceed steps=9", "try --optim.warmup-steps 0"),
     "--window 0": ("window=0 must be above 0", "leave it out for the default"),
-    "--window-pattern SL": ("window_pattern=SL needs a window for its S", "add --window 16"),
+    "--window-pattern SL": ("window_pattern=SL needs a window", "add --window 16"),
     "--window 8 --window-pattern XS": ("window_pattern='XS' must be made of S and L", "try SSSL"),
     "--window 8 --window-pattern L": ("window=8 is for layers that are S", "drop both, or try --window-pattern S"),
     "--data.max-documents 8": ("data.max_documents=8 is for documents hidden from each other", "add --data.mask-documents"),

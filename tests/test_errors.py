@@ -155,3 +155,30 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").rmdir()
     assert outcome(lambda _: os.getcwd()) == 2
     assert "the current folder, which is gone; change to one that is there" in capsys.readouterr().err
+
+
+def test_what_must_run_on_outlives_whoever_read_its_output(tmp_path):
+    """Both streams, before the pipes close and after; what the process does besides is done."""
+    program = f"""
+import sys
+from nanojax.errors import outlive_readers, run_main
+def main(argv):
+    outlive_readers()
+    print("first", flush=True)
+    print("second", file=sys.stderr)
+    input()
+    for _ in range(9):
+        print("x" * 10000)
+        print("y" * 10000, file=sys.stderr)
+    open({str(tmp_path / "done")!r}, "w").close()
+run_main(main, [])
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT) as run:
+        assert (run.stdout.readline(), run.stderr.readline()) == (b"first\n", b"second\n")
+        run.stdout.close()
+        run.stderr.close()
+        run.stdin.write(b"\n")
+        run.stdin.close()
+        assert run.wait(60) == 0
+    assert (tmp_path / "done").exists()

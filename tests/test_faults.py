@@ -187,3 +187,10 @@ def test_a_bit_that_shall_flip_in_one_copy_needs_copies():
 def test_every_kind_is_told_and_those_in_the_step_are_known():
     assert set(IN_STEP) < set(KINDS)
     assert all(words for words, _ in KINDS.values())
+
+
+def test_a_fault_of_a_process_that_there_is_not_is_refused():
+    faults = Faults(parse_faults("nan_grad@step=2; crash@step=3,rank=1"))
+    faults.require_ranks(2)
+    with pytest.raises(UserError, match=r"takes ranks from 0 to 0 in this run, given crash@step=3,rank=1"):
+        faults.require_ranks(1)

@@ -51,6 +51,15 @@ def test_the_second_signal_is_pythons_own_and_so_is_every_one_afterwards():
     assert signal.getsignal(signal.SIGINT) == before
 
 
+def test_the_second_signal_may_be_the_other_one():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Interrupts() as interrupts:
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+    assert interrupts.name == "SIGTERM"
+
+
 def test_work_beside_gives_back_what_it_makes_and_raises():
     with Interrupts() as interrupts:
         assert interrupts.beside(lambda: 7) == 7

@@ -171,6 +171,27 @@ def test_what_does_not_end_after_a_signal_shows_its_stacks_and_is_killed(job, ca
         assert "in story" in (made.logs / f"rank-{rank}.log").read_text()
 
 
+def test_a_launcher_that_fails_has_its_ranks_save_and_end_before_it_does(job, monkeypatch):
+    made = job("(folder / f'at-{rank}').touch()\n    if step == 5: time.sleep(60)")
+    look = made._look
+
+    def failing():
+        look()
+        if all((made.folder.path / f"at-{rank}").exists() for rank in range(2)):
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(made, "_look", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        made.supervise()
+    assert [process.code for process in made.processes] == [75, 75]
+
+
+def test_a_run_goes_on_without_its_logs(job):
+    made = job("import shutil; shutil.rmtree(folder / 'logs', ignore_errors=True)")
+    assert made.supervise() == 0
+    assert lives(made) == 1
+
+
 @pytest.mark.slow
 def test_the_second_signal_kills(job):
     made = job("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 5: time.sleep(60)", stall_seconds=60.0)

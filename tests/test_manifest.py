@@ -74,3 +74,10 @@ def test_a_manifest_that_is_none_is_damage(tmp_path, record):
     (tmp_path / "4" / manifest.NAME).write_text(sealed(record) if record else "")
     with pytest.raises(manifest.Damaged, match=manifest.NAME):
         manifest.read(tmp_path / "4")
+
+
+def test_a_step_has_one_name(tmp_path):
+    for name in ("0", "40", "040", "-1", "1e3", "7.corrupt", "12345678901"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / manifest.NAME).touch()
+    assert complete_steps(tmp_path) == [0, 40]

@@ -50,6 +50,8 @@ def found(environ: dict[str, str], **flags) -> tuple[str | None, int | None, int
         (KUBERNETES, (None, None, None, None)),  # a pod that trains alone
         (KUBERNETES | {"JAX_COORDINATOR_ADDRESS": "gpt-0:8476", "JAX_NUM_PROCESSES": "2"}, ("gpt-0:8476", 2, 1, None)),
         (SKYPILOT, ("10.0.0.5:8476", 2, 1, None)),
+        (SKYPILOT | {"SKYPILOT_NODE_IPS": "", "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"}, (None, None, None, None)),
+        (SLURM | {"SLURM_STEP_NODELIST": "", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, (None, None, None, None)),
         (SLURM | SKYPILOT, ("node003:61443", 24, 9, "1")),
         (SLURM | JAX, ("head:1234", 8, 7, None)),  # what nanojax launch gives its children, in a task of Slurm
     ],
@@ -69,6 +71,7 @@ def test_a_flag_comes_before_every_variable():
     [
         ({}, dict(num_processes=2), "2 processes need --coordinator"),
         (MPI, {}, "4 processes need --coordinator"),  # Open MPI 5
+        (SKYPILOT | {"SKYPILOT_NODE_IPS": " "}, {}, "2 processes need --coordinator"),
         ({}, dict(num_processes=2, coordinator="host:1"), "needs its own --process-id"),
         ({}, dict(num_processes=2, coordinator="host:1", process_id=2), "given 2 and --num-processes 2"),
         ({}, dict(process_id=1), "given 1 and no --num-processes"),

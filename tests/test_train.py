@@ -200,6 +200,19 @@ def test_a_summary_that_was_lost_is_written_again(start, straight, tmp_path):
     assert again.summary["train_loss"] == straight.summary["train_loss"]
 
 
+def test_a_run_whose_last_checkpoint_was_damaged_is_not_complete(start, straight, tmp_path):
+    out = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(straight.folder.path), str(out)], check=True)
+    largest = max((path for path in (out / "checkpoints/40").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    again = start(None, "--resume", out=out)
+    assert again.batches == straight.batches[30:]
+    assert again.summary["state_sha256"] == straight.summary["state_sha256"]
+    assert (out / "checkpoints/40.corrupt").is_dir()
+
+
 def test_a_complete_run_that_is_resumed_says_so(presets, straight, capsys):
     digest = hashlib.sha256((straight.folder.path / "summary.json").read_bytes()).hexdigest()
     with pytest.raises(SystemExit) as stop:

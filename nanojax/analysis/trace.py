@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from nanojax.errors import UserError
+from nanojax.files import read_regular
 
+LARGEST_TRACE = 2**33  # bytes
 COMPUTE, COPY, COMMUNICATION = 2, 1, 0  # which of the kernels that run at once the time is put down to; the others are hidden
 
 AROUND = re.compile(r"(while|call|conditional)([._\d]|$)")  # on CPUs: what the time of other operations lies within; alone, nothing runs
@@ -40,7 +42,7 @@ class Kernel:
 
 def trace_file(folder: Path) -> Path:
     """The newest trace below a folder. Raises UserError where there is none."""
-    found = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
+    found = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.lstat().st_mtime) if folder.is_dir() else []
     if not found:
         raise UserError(f"{folder} holds no trace (*.xplane.pb); make one with nanojax train ... --profile 20:23")
     return found[-1]
@@ -55,7 +57,11 @@ def read_trace(folder: Path) -> list[Kernel]:
 
     path = trace_file(folder)
     try:
-        planes = list(ProfileData.from_serialized_xspace(path.read_bytes()).planes)
+        content = read_regular(path, LARGEST_TRACE)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; see to that and try again") from error
+    try:
+        planes = list(ProfileData.from_serialized_xspace(content).planes)
         device = next((plane for plane in sorted(planes, key=lambda p: p.name) if plane.name.startswith("/device:GPU")), None)
         if device is not None:
             kernels = [_kernel(event) for line in device.lines if "Stream" in line.name for event in line.events]
@@ -63,8 +69,6 @@ def read_trace(folder: Path) -> list[Kernel]:
             host = (plane for plane in planes if plane.name == "/host:CPU")
             kernels = [k for plane in host for line in plane.lines for event in line.events if (k := _kernel(event)).op]
             kernels = [kernel for kernel in kernels if not kernel.name.startswith("end: ") and not AROUND.match(kernel.op)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; see to that and try again") from error
     except Exception as error:  # the parser of the profiler raises what it likes on bytes that are no trace
         raise UserError(f"{path} is no trace that can be read ({(str(error).splitlines() or [''])[0]:.100}); profile again") from error
     if not kernels:

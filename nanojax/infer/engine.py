@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from nanojax.checks import require_positive
 from nanojax.errors import UserError
 from nanojax.infer import fused
 from nanojax.infer.decode import NO_TOKEN, Asked, Path, State, add, choose, model_of, plain_path, read
@@ -61,6 +62,8 @@ class Engine:
 
         `path` is the faster of those that this device has. The kernels' takes the weights over, and leaves the model without.
         """
+        for name, size in (("piece", piece), ("stride", stride), ("slots", slots)):
+            require_positive(name, size)
         program = model.program
         if program.mesh.size != 1:
             raise UserError(f"the engine runs on one device, and the model is on {program.mesh.size}; load it with jax.devices()[:1]")

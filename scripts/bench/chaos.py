@@ -21,6 +21,7 @@ from pathlib import Path
 from nanojax.checks import require_positive, require_share
 from nanojax.cli import parse
 from nanojax.errors import NanoJaxError, UserError, run_main
+from nanojax.launch import die_along
 from nanojax.manifest import NAME, complete_steps
 from nanojax.runs import RunFolder
 
@@ -48,8 +49,6 @@ class Chaos:
     def __post_init__(self) -> None:
         require_positive("kills", self.kills)
         require_share("flips", self.flips)
-        if Path(self.out).exists():
-            raise UserError(f"--out must be a folder that is not there yet, given {self.out}; give another, or remove it")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -57,6 +56,9 @@ def main(argv: Sequence[str]) -> None:
     preset = argv[:1] if argv and argv[0].endswith(".py") else []
     chaos = parse(Chaos, argv[len(preset) :], prog="chaos.py [PRESET.py]", description=main.__doc__ or "", default=Chaos())
     rng, out = random.Random(chaos.seed), Path(chaos.out)
+    if out.exists():
+        raise UserError(f"--out must be a folder that is not there yet, given {out}; give another, or remove it")
+    print(f"nanojax train {' '.join([*preset, *chaos.flags]) or 'without a preset: the default model'}", flush=True)
     command = [*child(chaos.prelude), *preset, *chaos.flags]
     began = time.monotonic()
     reference = finish(command, out / "reference", [])
@@ -100,7 +102,7 @@ def resuming(folder: Path) -> list[str]:
 
 def finish(command: list[str], folder: Path, flags: list[str]) -> str:
     """Hash of the last state of a run that nobody disturbs."""
-    done = subprocess.run([*command, "--out", str(folder), *flags], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, "--out", str(folder), *flags], capture_output=True, text=True, check=False, preexec_fn=die_along)
     if done.returncode:
         raise NanoJaxError(f"an undisturbed run ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}; look into {folder}")
     return json.loads((folder / "summary.json").read_text())["state_sha256"]
@@ -118,7 +120,13 @@ def struck(command: list[str], folder: Path, phase: str, rng: random.Random) -> 
     }
     delay = {"start": rng.uniform(0, 8), "steps": rng.uniform(0, 0.5), "save": rng.uniform(0, 0.02), "commit": 0.0}[phase]
     log = (folder.parent / f"{folder.name}.log").open("a")
-    process = subprocess.Popen([*command, "--out", str(folder), *resuming(folder)], stdout=log, stderr=log, start_new_session=True)
+    process = subprocess.Popen(
+        [*command, "--out", str(folder), *resuming(folder)],
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=die_along,  # noqa: PLW1509 - there are no threads
+    )
     deadline = time.monotonic() + PATIENCE
     while process.poll() is None and not moments[phase]():
         if time.monotonic() > deadline:

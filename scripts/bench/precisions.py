@@ -12,7 +12,7 @@ from typing import Annotated, Any, cast
 
 from nanojax.cli import FLAT, parse, split_preset
 from nanojax.config import Config
-from nanojax.errors import run_main
+from nanojax.errors import UserError, run_main
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": dict(precision="bf16"),
@@ -40,6 +40,12 @@ class Bench:
     steps_a_round: int = 5
     """Steps a turn, timed as one."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        if self.rounds < 2 or self.steps_a_round < 1:
+            raise UserError(f"a bench takes 2 rounds or more and a step or more, given {self.rounds} and {self.steps_a_round}; raise them")
+        if unknown := [name for name in self.names if name not in VARIANTS]:
+            raise UserError(f"--names are of {', '.join(VARIANTS)}, given {unknown[0]}; choose one of these")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 
@@ -121,6 +122,9 @@ def test_a_call_that_names_no_trace_is_refused(tmp_path):
     with pytest.raises(UserError, match="takes the folder of a run or a trace, or a preset"):
         main([str(tmp_path / "nothing")])
     with pytest.raises(UserError, match="holds no trace"):
+        main([str(tmp_path)])
+    os.mkfifo(tmp_path / "a.xplane.pb")
+    with pytest.raises(UserError, match=r"a\.xplane\.pb"):
         main([str(tmp_path)])
     with pytest.raises(UserError, match="--top and --steps are at least 1"):
         main([str(tmp_path), "--top", "0"])
