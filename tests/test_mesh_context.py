@@ -138,6 +138,8 @@ TE = pytest.mark.te
     ],
 )
 def test_fused_attention_over_two_gpus_agrees_with_the_reference(axis, name, kv_heads, window, documents):
+    if jax.device_count() < 2:
+        pytest.skip("it needs two GPUs, and -m te asks for it where there is one")
     kv_heads = max(kv_heads, 2 if axis == "tensor" else 1)  # which cuts heads of keys, and copies none
     shape = dict(rows=2, tokens=256, heads=4, kv_heads=kv_heads, head_dim=128)
     fused_over_two(Request(platform="gpu", dtype=jnp.bfloat16, documents=documents, **shape), axis, name, window)
