@@ -264,7 +264,7 @@ class Checkpoints:
         """Remove what saves left that were interrupted: folders of orbax's, and steps that never got their manifest."""
         complete = {str(step) for step in complete_steps(self.folder)}
         for child in self.folder.iterdir():
-            if child.name not in complete and re.fullmatch(r"[0-9]{1,10}(\.orbax-checkpoint-tmp.*)?", child.name):
+            if child.name not in complete and manifest.STEP.fullmatch(re.sub(r"\.orbax-checkpoint-tmp.*", "", child.name)):
                 remove(child)
 
     def close(self) -> None:

@@ -56,11 +56,19 @@ class Interrupted(NanoJaxError):
 class _Unread(io.FileIO):
     """A stream whose reader may go: what is written after that is dropped."""
 
+    def __init__(self, handle: int):
+        super().__init__(handle, "w", closefd=False)
+        self._terminal = self.isatty()  # one that hung up says no
+
     def write(self, data: Any) -> int | None:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        except OSError as error:
+            gone = isinstance(error, (BrokenPipeError, ConnectionResetError))
+            if not gone and not (self._terminal and error.errno == errno.EIO):
+                raise
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), self.fileno())
             return len(data)
 
 
@@ -70,7 +78,7 @@ def outlive_readers() -> None:
         stream = getattr(sys, name)
         if stream is not None and stream is getattr(sys, f"__{name}__"):  # another one is a test's or a notebook's
             stream.flush()
-            raw = io.BufferedWriter(_Unread(stream.fileno(), "w", closefd=False))
+            raw = io.BufferedWriter(_Unread(stream.fileno()))
             setattr(sys, name, io.TextIOWrapper(raw, stream.encoding, stream.errors, line_buffering=True))
 
 

@@ -242,7 +242,7 @@ class Job:
         """Note which processes gave a sign of life. In what is slow, what they print is one: tokenising shows nowhere else."""
         now = time.monotonic()
         for process in self.processes:
-            before, written = process.mark, process.log.stat().st_size if process.log.exists() else process.written
+            before, written = process.mark, size_of(process.log, process.written)
             mark = read_mark(self.folder.progress(process.rank))
             if mark == before and (written == process.written or (mark and not mark.slow)):
                 continue
@@ -274,10 +274,13 @@ class Job:
 
     def _end_all(self) -> None:
         """Where watching them failed, have the processes that still run save and end, and kill them when it is too late for that."""
-        until = min(self.leave_by, time.monotonic() + self.command.leave_seconds)
-        for process in self.processes:
-            process.send(signal.SIGTERM)
-        while time.monotonic() < until and any(process.code is None for process in self.processes):
+        if all(process.code is not None for process in self.processes):
+            return
+        with contextlib.suppress(OSError):  # this may be what failed
+            say(f"watching the run failed; its processes have {self.command.leave_seconds:g} s to save and end")
+        if not self.signals:  # a second one would end them at once
+            os.kill(os.getpid(), signal.SIGTERM)
+        while time.monotonic() < self.leave_by and any(process.code is None for process in self.processes):
             time.sleep(POLL_S)
         for process in self.processes:
             process.send(signal.SIGKILL)
@@ -341,9 +344,20 @@ def echo(shown: IO[bytes]) -> None:
         sys.stdout.flush()
 
 
+def size_of(log: Path, before: int) -> int:
+    """Bytes of a log; as before, where somebody took it away."""
+    try:
+        return log.stat().st_size
+    except OSError:
+        return before
+
+
 def last_line(log: Path) -> str:
     """Of a log, the last line that is not empty."""
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    try:
+        lines = log.read_text(errors="replace").split("\n")
+    except OSError:  # somebody took it away
+        lines = []
     return next((line for line in reversed(lines) if line.strip()), "it printed nothing")[:300]
 
 

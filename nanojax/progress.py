@@ -51,7 +51,7 @@ def read_mark(path: Path) -> Mark | None:
     """What the process with that file said last, None before it said anything."""
     try:
         text = path.read_bytes()[:RECORD_BYTES].decode("ascii", "replace")
-    except FileNotFoundError:
+    except OSError:  # it is not there yet, or the network's disk does not answer
         return None
     found = re.fullmatch(r"([0-9]+) ([0-9]+) (slow|runs) *\n", text)
     return Mark(int(found[1]), int(found[2]), found[3] == "slow") if found else None

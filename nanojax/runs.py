@@ -146,7 +146,7 @@ class RunFolder:
         place = self.checkpoints / str(config.steps)
         try:
             manifest.read(place).check_files(place)
-        except manifest.Damaged:
+        except (manifest.Damaged, OSError):
             return False  # going on says what is wrong with it, and goes back
         return True
 

@@ -114,12 +114,13 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
         flags = ("resume", "allow", "stop_after", "profile", "deterministic", "skip_spikes")
         facts = {name: str(getattr(command, name)) for name in flags} | {"faults in the step": str(faults.in_step)}
         peers.require_same(facts | {"config": config.text(), "text": data.train.text_sha256, "tokenizer": data.tokenizer.sha256})
-        if command.resume and not to_go_on(folder, config, data, command, peers):
-            return
+        with interrupts.waiting():
+            if command.resume and not to_go_on(folder, config, data, command, peers):
+                return
         if not command.resume and config.train.init_from is not None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = first_step(folder, command, peers)
-        if command.profile is not None and not first <= parse_window(command.profile)[0] <= config.steps:
+        if command.profile is not None and first <= config.steps and not first <= parse_window(command.profile)[0] <= config.steps:
             raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
         train(config, command, folder, data, interrupts, faults, started)
 

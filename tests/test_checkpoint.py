@@ -266,10 +266,11 @@ def test_a_save_that_never_got_its_manifest_is_none_and_is_cleared_by_the_run(tw
     shutil.copytree(two, folder)
     (folder / "4" / manifest.NAME).unlink()
     (folder / "5.orbax-checkpoint-tmp").mkdir()
+    (folder / "03").mkdir()  # somebody else's
     assert Checkpoints(folder).latest == 3
     assert (folder / "4").is_dir()
     assert Checkpoints(folder, keep=2).latest == 3
-    assert [child.name for child in folder.iterdir()] == ["3"]
+    assert sorted(child.name for child in folder.iterdir()) == ["03", "3"]
 
 
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(checkpoints):

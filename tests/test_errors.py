@@ -157,11 +157,13 @@ def test_a_current_folder_that_is_gone_is_named(tmp_path, monkeypatch, capsys):
     assert "the current folder, which is gone; change to one that is there" in capsys.readouterr().err
 
 
-def test_what_must_run_on_outlives_whoever_read_its_output(tmp_path):
-    """Both streams, before the pipes close and after; what the process does besides is done."""
+@pytest.mark.parametrize("through", [os.pipe, os.openpty])
+def test_what_must_run_on_outlives_whoever_read_its_output(through, tmp_path):
+    """Both streams, before the reader goes and after; what the process does besides is done."""
     program = f"""
-import sys
+import signal, sys
 from nanojax.errors import outlive_readers, run_main
+signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
 def main(argv):
     outlive_readers()
     print("first", flush=True)
@@ -173,12 +175,15 @@ def main(argv):
     open({str(tmp_path / "done")!r}, "w").close()
 run_main(main, [])
 """
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT) as run:
-        assert (run.stdout.readline(), run.stderr.readline()) == (b"first\n", b"second\n")
-        run.stdout.close()
-        run.stderr.close()
+    reader, writer = through()
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=writer, stderr=writer, cwd=ROOT) as run:
+        os.close(writer)
+        said = b""
+        while b"second" not in said:
+            said += os.read(reader, 100)
+        os.close(reader)
         run.stdin.write(b"\n")
         run.stdin.close()
         assert run.wait(60) == 0
+    assert b"first" in said
     assert (tmp_path / "done").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 
 import pytest
 
@@ -63,3 +64,13 @@ def test_sizes_are_said_in_mb(size, text):
 
 def test_text_of_strangers_is_shown_as_one_line():
     assert printable("a\nb\x1b[2J" + "x" * 999) == "a\\nb\\x1b[2J" + "x" * 289
+
+
+def test_a_small_file_takes_little_memory_however_large_it_may_be(tmp_path):
+    (tmp_path / "file").write_bytes(b"small")
+    tracemalloc.start()
+    try:
+        assert read_regular(tmp_path / "file", 2**33) == b"small"
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

@@ -41,18 +41,25 @@ def test_a_signal_ends_what_waits():
         assert not interrupts._waiting
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT is Python's, which a script that starts pytest with & has ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_signal_is_pythons_own_and_so_is_every_one_afterwards():
-    before = signal.default_int_handler
-    signal.signal(signal.SIGINT, before)  # a script that starts pytest with & has it ignored
     with Interrupts():
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_the_second_signal_may_be_the_other_one():
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     with Interrupts() as interrupts:
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

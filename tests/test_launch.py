@@ -172,13 +172,25 @@ def test_what_does_not_end_after_a_signal_shows_its_stacks_and_is_killed(job, ca
         assert "in story" in (made.logs / f"rank-{rank}.log").read_text()
 
 
-def test_a_launcher_that_fails_has_its_ranks_save_and_end_before_it_does(job, monkeypatch):
-    made = job("(folder / f'at-{rank}').touch()\n    if step == 5: time.sleep(60)")
+SAVES_ONCE = """def save(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as a run does
+        time.sleep(1)
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    (folder / f'at-{rank}').touch()
+    if step == 5: time.sleep(60)"""
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_launcher_that_fails_has_its_ranks_save_and_end_before_it_does(job, monkeypatch, signalled):
+    made = job(SAVES_ONCE)
     look = made._look
 
     def failing():
         look()
         if all((made.folder.path / f"at-{rank}").exists() for rank in range(2)):
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(made, "_look", failing)
