@@ -9,8 +9,8 @@ COMPILER_OPTIONS: dict[str, dict[str, bool]] = {
     "gpu": {"xla_gpu_enable_triton_gemm": False},
     "cpu": {},
 }
-# Gradients that a device scatters together, at most. XLA's own limit is on what it keeps of them, 30 MiB: on two devices nearly the same,
-# on eight all that d12 has, when the way back is over and little is left to hide them behind.
+# Gradients that a device scatters together, at most, on more than two devices. XLA's own limit, which stays on two, is on what a device
+# keeps of them, 30 MiB: on eight all that d12 has, when the way back is over and little is left to hide them behind.
 SCATTERED_TOGETHER = 64 << 20  # bytes
 # Of a run that is profiled: the profiler does not say to which operations the kernels of a CUDA graph belong.
 PROFILER_OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_enable_command_buffer": ""}, "cpu": {}}
@@ -44,7 +44,7 @@ class RunKind:
     def options(self, platform: str, fsdp: int = 1) -> dict[str, bool | int | str]:
         """XLA's flags, for a mesh with `fsdp` devices on that axis."""
         options: dict[str, bool | int | str] = dict(COMPILER_OPTIONS.get(platform, {}))
-        if platform == "gpu" and fsdp > 1:
+        if platform == "gpu" and fsdp > 2:
             options["xla_gpu_reduce_scatter_combine_threshold_bytes"] = SCATTERED_TOGETHER // fsdp
         options |= PROFILER_OPTIONS.get(platform, {}) if self.profiled else {}
         return options | (DETERMINISTIC_OPTIONS.get(platform, {}) if self.deterministic else {})

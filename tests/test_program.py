@@ -273,6 +273,7 @@ def test_a_deterministic_program_has_its_flags_on_gpus_and_te_may_choose_only_wh
 @pytest.mark.parametrize("kind", [RunKind(deterministic=True), RunKind(profiled=True)], ids=["deterministic", "profiled"])
 def test_every_flag_of_xla_is_known_to_this_jaxlib(kind):
     assert set(kind.options("gpu", fsdp=8)) - set(kind.options("gpu")) == {"xla_gpu_reduce_scatter_combine_threshold_bytes"}
+    assert kind.options("gpu", fsdp=2) == kind.options("gpu")
     for name, value in kind.options("gpu", fsdp=8).items():  # those of GPUs are parsed on CPUs as well
         jax.jit(lambda x: x + 1, compiler_options={name: value})(1.0)
     with pytest.raises(jax.errors.JaxRuntimeError, match="No such compile option"):
