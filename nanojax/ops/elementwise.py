@@ -22,6 +22,7 @@ from nanojax.ops.kernels.qkv import How, Three, qkv
 from nanojax.ops.kernels.spread import HEADS, ROWS, TABLE, Spread
 from nanojax.ops.kernels.swiglu import swiglu
 from nanojax.ops.norm import rms_norm
+from nanojax.ops.packed import PackedMatrix
 from nanojax.ops.products import PLAIN_PRODUCTS, Products, multiply
 from nanojax.ops.rope import Rope, rotate
 from nanojax.ops.xent import nats_and_gradient
@@ -92,6 +93,10 @@ def kernels(spread: Spread, products: Products | None, *, whole: bool = True, in
     """
     joined = whole and products is not None
 
+    def side_by_side(layers: Sequence[Any]) -> bool:
+        """Whether these are multiplied as one matrix. What is kept in 4 bits is unpacked by its own product."""
+        return joined and not any(isinstance(layer.w.get_value(), PackedMatrix) for layer in layers)
+
     def chosen(layer: Any) -> Products:
         return PLAIN_PRODUCTS if products is None or layer.key is None else products
 
@@ -108,7 +113,7 @@ def kernels(spread: Spread, products: Products | None, *, whole: bool = True, in
         return local(x_BTNH, known(gain_H, x_BTNH.shape[-1]), rope)
 
     def project_joined(x_BTD, layers, gains, rope, head_dim):
-        if not joined or rope[0].ndim == 3:
+        if rope[0].ndim == 3 or not side_by_side(layers):
             return project(x_BTD, layers, gains, rope, head_dim, turn)
         ws = tuple(layer.w.get_value().astype(x_BTD.dtype) for layer in layers)
         with jax.named_scope("qkv"):
@@ -120,8 +125,10 @@ def kernels(spread: Spread, products: Products | None, *, whole: bool = True, in
         return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
 
     def gate_and_up(x_BTD, gate, up):
+        if not side_by_side((gate, up)):
+            return gated(x_BTD, gate, up)
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
         both_BTF = multiply(x_BTD, both_DF, chosen(gate))
         return spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF)
 
-    return Elementwise(norm, project_joined, gate_and_up if joined else gated, nats if whole else nats_and_gradient)
+    return Elementwise(norm, project_joined, gate_and_up, nats if whole else nats_and_gradient)

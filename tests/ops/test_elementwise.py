@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from generating import packed
 
 from nanojax.model import merge
 from nanojax.ops.attention_request import Request
@@ -15,6 +16,7 @@ from nanojax.ops.elementwise import PLAIN, kernels, refusal
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.products import PLAIN_PRODUCTS
 from nanojax.ops.xent import total_nats
+from nanojax.precision import Rounding, quantize_weights
 
 GPU = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=1, tokens=64, heads=4, kv_heads=2, head_dim=128)
 
@@ -68,4 +70,14 @@ def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):
     positions = jnp.asarray([[0, 1, 2, 3], [5, 6, 7, 8]])
     attends = [merge(plain, params).attention] * 2
     got, want = (merge(g, params).through_blocks(x_BTD, positions, attends) for g in (graph, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
+    """As they are where an export reads its prompts."""
+    graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, interpret=True))
+    plain, _ = tiny_model()
+    weights = params | {name: packed(q) for name, q in quantize_weights(params, Rounding("nvfp4", None)).items()}
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
+    got, want = (merge(g, weights)(tokens) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
