@@ -116,15 +116,19 @@ def _joined(spans: Sequence[tuple[float, float, str]]) -> list[tuple[float, floa
 
 
 def _shares(kernels: Sequence[Kernel], own: Sequence[float]) -> list[float]:
-    """For each kernel the part that it has in an execution of its operation, which may be several: by its time."""
-    names: dict[str, set[str]] = defaultdict(set)
+    """For each kernel the part that it has in an execution of its operation, which may be several: by its time.
+
+    An execution may run a kernel more than once, clearing memory for instance; the one that ran least tells how many there were.
+    """
+    ran = Counter((kernel.op, kernel.name) for kernel in kernels)
     times: dict[str, float] = defaultdict(float)
-    counts = Counter(kernel.op for kernel in kernels)
     for kernel, ns in zip(kernels, own, strict=True):
-        names[kernel.op].add(kernel.name)
         times[kernel.op] += ns
+    executions: dict[str, int] = {}
+    for (op, _), count in ran.items():
+        executions[op] = min(count, executions.get(op, count))
     return [
-        counts[kernel.op] / len(names[kernel.op]) * ns / times[kernel.op] if kernel.op and times[kernel.op] else 1.0
+        executions[kernel.op] * ns / times[kernel.op] if kernel.op and times[kernel.op] else 1.0
         for kernel, ns in zip(kernels, own, strict=True)
     ]
 

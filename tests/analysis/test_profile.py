@@ -90,6 +90,12 @@ def test_an_operation_of_two_kernels_counts_its_flops_once_by_their_times():
     assert {row.name: row.flops for row in make_profile(kernels, OPS, steps=1).rows} == {"gemm": 6e9, "splitKreduce": 2e9}
 
 
+def test_a_kernel_that_an_operation_runs_twice_does_not_make_it_two_executions():
+    kernels = [kernel("Memset", 0, 1, "dot.1"), kernel("Memset", 1, 2, "dot.1"), kernel("sdpa", 2, 8, "dot.1")]
+    kernels += [kernel(k.name, k.start / 1e6 + 10, k.end / 1e6 + 10, k.op) for k in kernels]
+    assert {row.name: row.flops for row in make_profile(kernels, OPS, steps=2).rows} == {"Memset": 2e9, "sdpa": 6e9}
+
+
 def test_a_kernel_is_known_by_the_call_that_its_operation_wraps():
     wrapping = dataclasses.replace(OPS[0], name="address_computation", wrapped="custom-call.7")
     assert make_profile([kernel("gemm", 0, 3, "custom-call.7")], [wrapping], steps=1).seconds(PRODUCTS) == pytest.approx(3e-3)
