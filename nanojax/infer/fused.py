@@ -72,7 +72,7 @@ def fuse(left: dict[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> Fuse
         parts = [left.pop(name) for name in names]
         if isinstance(parts[0], PackedMatrix):
             return stacked(parts) if len(parts) > 1 else parts[0]
-        return jnp.concatenate([part.astype(dtype).T for part in parts])
+        return upright(parts, dtype)
 
     def gain(name: str, size: int) -> Array:
         return left.pop(name).astype(jnp.float32) if c.norm == "learnable" else jnp.ones(size, jnp.float32)
@@ -83,8 +83,14 @@ def fuse(left: dict[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> Fuse
         norms = (gain(f"blocks.{i}.norm_1.gain", c.width), gain(f"blocks.{i}.norm_2.gain", c.width))
         heads = [gain(f"blocks.{i}.attention.{n}_norm.gain", c.head_dim) for n in ("q", "k")] if c.qk_norm else None
         layers.append(Layer(**stacks, norms=norms, qk_norms=(heads[0], heads[1]) if heads else None))
-        jax.block_until_ready(layers[-1])  # what is only on its way still holds the matrices that it was made of
     return FusedWeights(left.pop("embedding").astype(dtype), tuple(layers), gain("norm.gain", c.width), matrix(["head.w"]))
+
+
+# Without tuning: to time ways of turning a matrix, XLA would hold it three times more.
+@functools.partial(jax.jit, static_argnums=1, compiler_options={"xla_gpu_autotune_level": 0})
+def upright(parts: list[Array], dtype: DTypeLike) -> Array:
+    """Matrices [in, out] as one [outs, in]."""
+    return jnp.concatenate([part.astype(dtype).T for part in parts])
 
 
 def plain(fused: FusedWeights, c: ModelConfig) -> dict[str, Any]:
