@@ -83,6 +83,7 @@ def fuse(left: dict[str, Any], c: ModelConfig, dtype: DTypeLike = DTYPE) -> Fuse
         norms = (gain(f"blocks.{i}.norm_1.gain", c.width), gain(f"blocks.{i}.norm_2.gain", c.width))
         heads = [gain(f"blocks.{i}.attention.{n}_norm.gain", c.head_dim) for n in ("q", "k")] if c.qk_norm else None
         layers.append(Layer(**stacks, norms=norms, qk_norms=(heads[0], heads[1]) if heads else None))
+        jax.block_until_ready(layers[-1])  # what is only on its way still holds the matrices that it is made of
     return FusedWeights(left.pop("embedding").astype(dtype), tuple(layers), gain("norm.gain", c.width), matrix(["head.w"]))
 
 
