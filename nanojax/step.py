@@ -95,7 +95,7 @@ def train_step(
     finite = jnp.isfinite(norm) & jnp.isfinite(nats)
     with jax.named_scope("spikes"):
         values = {"loss": loss_mean, "grad_norm": norm}
-        spike, history = judge(state.history, state.step - state.skipped, finite, values)
+        spike, history = judge(state.history, state.step - state.skipped, finite, values, rows=batch.targets[..., 0].size)
     ok = finite & ~spike
     params, moments = jax.tree.map(lambda new, old: jnp.where(ok, new, old), (params, moments), (state.params, state.moments))
     rate = jnp.asarray(lr(state.step - state.skipped - state.spikes))  # a step that is left out does not move the schedule

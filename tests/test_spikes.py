@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,21 +12,22 @@ import pytest
 from nanojax.spikes import SHARE, SIGMA, WINDOW, judge, no_history
 
 RNG = np.random.default_rng(0)
+ROWS = 256
 USUAL = {"loss": 3 + 0.1 * RNG.standard_normal(3 * WINDOW), "grad_norm": 1 + 0.2 * RNG.standard_normal(3 * WINDOW)}
 
 
-@jax.jit
-def step(history, seen, loss, grad_norm):
+@functools.partial(jax.jit, static_argnums=4)
+def step(history, seen, loss, grad_norm, rows):
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    spike, history = judge(history, seen, finite, {"loss": loss, "grad_norm": grad_norm})
+    spike, history = judge(history, seen, finite, {"loss": loss, "grad_norm": grad_norm}, rows)
     return spike, history, seen + finite
 
 
-def told(losses, norms, history=None, seen=0):
+def told(losses, norms, history=None, seen=0, rows=ROWS):
     """(indices of the spikes, history, finite steps) of a run of steps."""
     history, found = history or no_history(), []
     for n, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
-        spike, history, seen = step(history, seen, float(loss), float(norm))
+        spike, history, seen = step(history, seen, float(loss), float(norm), rows)
         found += [n] * bool(spike)
     return found, history, int(seen)
 
@@ -53,6 +56,22 @@ def test_usual_steps_have_no_spike(usual):
 def test_a_step_far_above_the_last_ones_is_one(usual, loss, norm, spike):
     _, history, seen = usual
     assert told([loss], [norm], history, seen)[0] == ([0] if spike else [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "norm", "spike"),
+    [
+        (8, 3.0, 4.9, False),  # a row of 32 usual gradients and 7 usual ones: 39 / 8
+        (8, 3.0, 5.2, True),
+        (2, 3.0, 16.0, False),
+        (2, 3.0, 18.0, True),
+        (8, 4.0, 1.0, False),  # a row four times as hard as usual: 3 * 11 / 8 = 4.1
+        (8, 4.3, 1.0, True),
+    ],
+)
+def test_what_a_single_row_of_a_small_batch_can_do_is_none(usual, rows, loss, norm, spike):
+    _, history, seen = usual
+    assert told([loss], [norm], history, seen, rows)[0] == ([0] if spike else [])
 
 
 def test_until_the_history_is_full_none_is():
@@ -93,5 +112,5 @@ def test_a_run_without_anything_to_learn_at_first_is_not_stuck():
 
 
 def test_without_a_history_nothing_is_a_spike():
-    spike, history = judge({}, jnp.int32(500), jnp.bool_(True), {"loss": jnp.float32(1e9), "grad_norm": jnp.float32(1e9)})
+    spike, history = judge({}, jnp.int32(500), jnp.bool_(True), {"loss": jnp.float32(1e9), "grad_norm": jnp.float32(1e9)}, ROWS)
     assert (bool(spike), history) == (False, {})
