@@ -130,7 +130,7 @@ class Loop:
         """The state after step `number`, saved and evaluated if due. Raises NonFiniteError and DriftError, also those of earlier steps."""
         config, nth = self.program.config, self.loader.get_state()["next_step"] + 1
         self.checkpoints.check()
-        self.profile.before(number)
+        self.profile.before(number, state)
         batch, phase = self.next_batch(state, number, nth), self.program.phase(number)
         self.progress.note(number, slow=phase is not self._ran)
         state = dataclasses.replace(state, params=self.faults.before_step(number, nth, state.params))

@@ -214,8 +214,10 @@ class ProfileWindow:
         self.folder, self._open = folder, False
         self.first, self.last = parse_window(window) if window else (-1, -1)
 
-    def before(self, step: int) -> None:
+    def before(self, step: int, state: Any) -> None:
+        """Begin the trace, if it is due, after the device has made `state`: the step before may still be on its way."""
         if step == self.first and not self._open:  # a run that goes back comes to it again
+            jax.block_until_ready(state)
             jax.profiler.start_trace(str(self.folder))
             self._open = True
 

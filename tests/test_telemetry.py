@@ -6,6 +6,7 @@ import json
 import math
 import types
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -50,7 +51,7 @@ def test_a_run_without_a_window_traces_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(telemetry.jax.profiler, "start_trace", lambda *_: pytest.fail("a trace was started"))
     window = ProfileWindow(None, tmp_path)
     for step in range(1, 5):
-        window.before(step)
+        window.before(step, None)
         window.after(step, None)
     window.close()
 
@@ -61,10 +62,21 @@ def test_a_window_traces_its_steps_and_ends_once(tmp_path, monkeypatch):
     monkeypatch.setattr(telemetry.jax.profiler, "stop_trace", lambda: calls.append(("stop", step)))
     window = ProfileWindow("2:3", tmp_path)
     for step in range(1, 6):
-        window.before(step)
+        window.before(step, None)
         window.after(step, None)
     window.close()
     assert calls == [("start", 2), ("stop", 3)]
+
+
+def test_a_window_begins_when_the_step_before_it_has_ended(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(telemetry.jax.profiler, "start_trace", lambda _: made.append(state.is_ready()))
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 3000, lambda _, x: jnp.tanh(x @ x), x))
+    x = jnp.eye(128)
+    slow(x).block_until_ready()  # compiled
+    state = slow(x)
+    ProfileWindow("2:3", tmp_path).before(2, state)
+    assert made == [True]
 
 
 @pytest.mark.parametrize(

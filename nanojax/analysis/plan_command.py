@@ -90,7 +90,8 @@ def main(argv: Sequence[str]) -> None:
 
     devices = devices_of(command)
     limit = parse_bytes(command.memory) if command.memory else limit_of(command, devices)
-    keep_compiled_programs(command.config.data.cache)
+    if command.target is None:  # of GPUs that are not there, jax keeps programs that it cannot read again
+        keep_compiled_programs(command.config.data.cache)
     resolved = resolve(command.config, command.config.model.vocab_size)
     mesh = make_mesh(parse_mesh(resolved.train.mesh), devices)
     sizes = plan.micro_batches(resolved, mesh.shape["data"] * mesh.shape["fsdp"])

@@ -120,17 +120,14 @@ def _shares(kernels: Sequence[Kernel], own: Sequence[float]) -> list[float]:
 
     An execution may run a kernel more than once, clearing memory for instance; the one that ran least tells how many there were.
     """
-    ran = Counter((kernel.op, kernel.name) for kernel in kernels)
-    times: dict[str, float] = defaultdict(float)
-    for kernel, ns in zip(kernels, own, strict=True):
-        times[kernel.op] += ns
-    executions: dict[str, int] = {}
-    for (op, _), count in ran.items():
+    ops = [(kernel.module, kernel.op) for kernel in kernels]  # programs name theirs alike
+    times: dict[tuple[str, str], float] = defaultdict(float)
+    for op, ns in zip(ops, own, strict=True):
+        times[op] += ns
+    executions: dict[tuple[str, str], int] = {}
+    for (op, _), count in Counter((op, kernel.name) for op, kernel in zip(ops, kernels, strict=True)).items():
         executions[op] = min(count, executions.get(op, count))
-    return [
-        executions[kernel.op] * ns / times[kernel.op] if kernel.op and times[kernel.op] else 1.0
-        for kernel, ns in zip(kernels, own, strict=True)
-    ]
+    return [executions[op] * ns / times[op] if op[1] and times[op] else 1.0 for op, ns in zip(ops, own, strict=True)]
 
 
 def _place(kernel: Kernel, op: Op | None, program_known: bool) -> tuple[str, str]:

@@ -60,13 +60,13 @@ def read_record(folder: Path) -> tuple[About, str] | None:
         return None
     try:
         fields = json.loads((folder / ABOUT).read_text())
-        names = {field.name for field in dataclasses.fields(About)}
-        if not isinstance(fields, dict) or set(fields) != names:
-            raise UserError(f"{folder / ABOUT} must have the fields {', '.join(sorted(names))}; profile again")
         with gzip.open(folder / PROGRAM, "rt") as file:
             program = file.read(LONGEST_PROGRAM + 1)
     except (OSError, EOFError, ValueError) as error:
         raise UserError(f"{folder} has a record of its program that cannot be read ({error}); profile again") from error
+    names = {field.name for field in dataclasses.fields(About)}
+    if not isinstance(fields, dict) or set(fields) != names:
+        raise UserError(f"{folder / ABOUT} must have the fields {', '.join(sorted(names))}; profile again")
     if len(program) > LONGEST_PROGRAM:
         raise UserError(f"{folder / PROGRAM} holds more than {LONGEST_PROGRAM:,} characters, which no step has; profile again")
     try:

@@ -10,7 +10,9 @@ import shutil
 import pytest
 
 from nanojax import train as train_module
+from nanojax.analysis.hlo import read_program
 from nanojax.analysis.inspect_command import main
+from nanojax.analysis.record import read_record
 from nanojax.errors import UserError
 
 PRESET = """from nanojax.config import Config, DataConfig, ModelConfig, TrainConfig
@@ -59,6 +61,16 @@ def test_a_traced_run_is_explained(traced, capsys):
         assert f"\n{part} " in said
     assert "FLOPs of a device and step: " in said
     assert (traced / "profile" / "step.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_step_that_was_traced_is_the_program_once(traced, capsys):
+    main([str(traced)])
+    said = capsys.readouterr().out
+    _, program = read_record(traced / "profile") or (None, "")
+    ops = read_program(program)
+    ran = re.search(r"keys\), ([\d.e+]+) in what ran", said)
+    assert ran
+    assert float(ran[1]) == pytest.approx(sum(op.flops * op.times for op in ops), rel=1e-3)
 
 
 def test_a_run_beside_itself_changes_nothing(traced, capsys):

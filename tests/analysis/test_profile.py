@@ -96,6 +96,12 @@ def test_a_kernel_that_an_operation_runs_twice_does_not_make_it_two_executions()
     assert {row.name: row.flops for row in make_profile(kernels, OPS, steps=2).rows} == {"Memset": 2e9, "sdpa": 6e9}
 
 
+def test_an_operation_of_another_program_that_has_the_same_name_takes_nothing():
+    kernels = [kernel("gemm", 10 * n, 10 * n + 4, "dot.1") for n in range(3)]
+    kernels.insert(1, kernel("loop_add_fusion", 5, 6, "dot.1", module="jit_other"))
+    assert {row.name: row.flops for row in make_profile(kernels, OPS, steps=3).rows} == {"gemm": 8e9, "loop_add_fusion": 0}
+
+
 def test_a_kernel_is_known_by_the_call_that_its_operation_wraps():
     wrapping = dataclasses.replace(OPS[0], name="address_computation", wrapped="custom-call.7")
     assert make_profile([kernel("gemm", 0, 3, "custom-call.7")], [wrapping], steps=1).seconds(PRODUCTS) == pytest.approx(3e-3)
