@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +19,7 @@ from nanojax.export import layout
 from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.files import printable
+from nanojax.mesh import replicated
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
 from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.precision import Rounding, siblings
@@ -57,20 +58,22 @@ def read_parts(export: Export) -> dict[str, Parts]:
 
 
 def read_weights(
-    export: Export, parts: dict[str, Parts], dtype: jnp.dtype, shardings: Mapping[str, Sharding], *, packed: bool = False
+    export: Export, parts: dict[str, Parts], dtype: jnp.dtype, shardings: Mapping[str, NamedSharding], *, packed: bool = False
 ) -> dict[str, Any]:
     """Name -> weight, as `precision.prepare_weights` has it: matrices and head in `dtype`, embedding and gains in fp32.
 
-    `parts` are those of `read_parts`. `packed`: matrices in 4 bits stay so, as ops.packed.PackedMatrix. Raises UserError on a weight that
-    is not finite.
+    `parts` are those of `read_parts`. `packed`: matrices in 4 bits stay so, as ops.packed.PackedMatrix, whole on every device. Raises
+    UserError on a weight that is not finite.
     """
     known, made = layout.parameters(export.config.model), {}
     for name, sharding in shardings.items():
         w = weight(parts[name], known[name].linear, export.format, dtype)
         if bad := int(jnp.sum(~jnp.isfinite(w))):
             raise UserError(f"{export.path / WEIGHTS}: weights must be finite, and {known[name].module} has {bad} that are not; {REMEDY}")
-        stays = packed and "weight_packed" in parts[name]
-        made[name] = jax.device_put(packed_matrix(parts[name], export.format) if stays else w, sharding)
+        if packed and "weight_packed" in parts[name]:
+            made[name] = jax.device_put(packed_matrix(parts[name], export.format), replicated(sharding.mesh))
+        else:
+            made[name] = jax.device_put(w, sharding)
     return made
 
 

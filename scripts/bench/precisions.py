@@ -6,7 +6,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, cast
 
@@ -36,7 +35,7 @@ class Bench:
     names: tuple[str, ...] = ("bf16", "nvfp4", "nvfp4_2d", "mxfp4", "int4")
     """Of bf16, fp8, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; plain, without kernels; te, cudnn, xla, the attention."""
     rounds: int = 4
-    """Turns of each, alternating; the first is dropped."""
+    """Turns of each, alternating, every other time in reverse; the first is dropped."""
     steps_a_round: int = 5
     """Steps a turn, timed as one."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
@@ -46,6 +45,13 @@ class Bench:
             raise UserError(f"a bench takes 2 rounds or more and a step or more, given {self.rounds} and {self.steps_a_round}; raise them")
         if unknown := [name for name in self.names if name not in VARIANTS]:
             raise UserError(f"--names are of {', '.join(VARIANTS)}, given {unknown[0]}; choose one of these")
+
+
+def beside(values: Sequence[float], others: Sequence[float]) -> str:
+    """The mean ratio of turns that followed each other, and its standard error where there are several."""
+    ratios = [a / b for a, b in zip(values, others, strict=True)]
+    error = f" ± {statistics.stdev(ratios) / len(ratios) ** 0.5:.4f}" if len(ratios) > 1 else ""
+    return f"{statistics.mean(ratios):.4f}{error}"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -79,13 +85,14 @@ def main(argv: Sequence[str]) -> None:
         facts[name] = (took, temporary, program.parameters, f"{program.accumulation} x {program.rows} rows, attention {kernels}")
         return program, tokens, compiled
 
-    with ThreadPoolExecutor(len(bench.names)) as pool:
-        steps = dict(zip(bench.names, pool.map(prepared, bench.names), strict=True))
+    # One after the other: XLA times its choices on this device, and what it chose for one program it takes for the next.
+    steps = {name: prepared(name) for name in bench.names}
     for name, (program, _, _) in steps.items():
         with jax.set_mesh(program.mesh):
             states[name] = program.init(jax.random.key(0))
     for turn in range(bench.rounds):
-        for name, (_, tokens, step) in steps.items():
+        for name in bench.names[:: 1 if turn % 2 else -1]:
+            _, tokens, step = steps[name]
             began = time.perf_counter()
             for _ in range(bench.steps_a_round):
                 states[name], _ = step(states[name], tokens)
@@ -97,9 +104,8 @@ def main(argv: Sequence[str]) -> None:
     for name, values in times.items():
         took, (compiled, temporary, size, words) = statistics.median(values), facts[name]
         turns = ", ".join(f"{1e3 * value:.2f}" for value in values)
-        ratio = took / statistics.median(times[first])
         print(
-            f"{name:<10}{1e3 * took:9.2f} ms a step, {base.batch_tokens / took:,.0f} tok/s, {ratio:.4f} of {first}, "
+            f"{name:<10}{1e3 * took:9.2f} ms a step, {base.batch_tokens / took:,.0f} tok/s, {beside(values, times[first])} of {first}, "
             f"{(temporary - facts[first][1]) / size:+.3f} bytes a parameter, compiled in {compiled:.1f} s, turns {turns}; {words}"
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,11 @@ from exporting import FORMATS, altered, read_tensors, runs  # noqa: F401  # fixt
 
 from nanojax.errors import UserError
 from nanojax.export.folder import WEIGHTS, open_export
-from nanojax.export.layout import Parameter, Tensor, parameters
+from nanojax.export.layout import Parameter, Tensor
 from nanojax.export.read import check_packed, mapped, read_parts, read_weights
 from nanojax.ops.packed import PackedMatrix, for_kernels, unpacked
+from nanojax.program import make_program
+from nanojax.sizes import resolve
 
 GROUP = {"int4_group": 64}
 UP = "model.layers.1.mlp.up_proj"
@@ -27,10 +30,15 @@ def train_of(format: str) -> dict:
 
 
 def read(folder: Path, dtype=jnp.float32) -> dict[str, np.ndarray]:
+    return {name: np.asarray(w) for name, w in read_any(folder, dtype).items()}
+
+
+def read_any(folder: Path, dtype=jnp.float32, packed: bool = False) -> dict[str, Any]:
+    """Where a program of one device wants them."""
     export = open_export(folder)
-    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    weights = read_weights(export, read_parts(export), jnp.dtype(dtype), dict.fromkeys(parameters(export.config.model), where))
-    return {name: np.asarray(w) for name, w in weights.items()}
+    config = resolve(export.config, export.config.model.vocab_size)
+    shardings = make_program(config, jax.devices()[:1]).shardings.params
+    return read_weights(export, read_parts(export), jnp.dtype(dtype), shardings, packed=packed)
 
 
 def assert_equal(found: dict[str, np.ndarray], trained: dict[str, np.ndarray], packed: set[str]) -> None:
@@ -51,12 +59,10 @@ def test_weights_are_those_of_training_to_the_bit(runs, format, dtype):
     assert_equal(found, runs.prepared(dtype, **train_of(format)), blocks if format != "bf16" else set())
 
 
-@pytest.mark.parametrize("format", ["int4", "nvfp4_2d", "mxfp4"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_matrices_that_stay_packed_are_the_bytes_of_the_file_and_stand_for_the_same(runs, format):
     folder = runs.export(**train_of(format))
-    export, where = open_export(folder), jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = dict.fromkeys(parameters(export.config.model), where)
-    kept = read_weights(export, read_parts(export), jnp.dtype(jnp.float32), shardings, packed=True)
+    kept = read_any(folder, packed=True)
     for name, w in read(folder).items():
         if name.startswith("blocks.") and name.endswith(".w"):
             assert isinstance(kept[name], PackedMatrix)
@@ -67,7 +73,7 @@ def test_matrices_that_stay_packed_are_the_bytes_of_the_file_and_stand_for_the_s
     assert (
         kept["blocks.1.ffn.up.w"].words_OW.tobytes()
         == for_kernels(
-            stored[f"{UP}.weight_packed"].view("<i4"), 16 if format == "nvfp4_2d" else 32, kept["blocks.1.ffn.up.w"].format
+            stored[f"{UP}.weight_packed"].view("<i4"), 16 if format.startswith("nvfp4") else 32, kept["blocks.1.ffn.up.w"].format
         ).tobytes()
     )
     assert kept["blocks.1.ffn.up.w"].scales_OG.tobytes() == stored[f"{UP}.weight_scale"].tobytes()

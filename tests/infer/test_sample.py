@@ -7,6 +7,7 @@ from typing import cast
 import jax
 import numpy as np
 import pytest
+from exporting import FORMATS, runs  # noqa: F401  # fixture
 from generating import BYTES
 from training import config, presets, start, straight  # noqa: F401  # fixtures
 
@@ -52,6 +53,16 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(str
             row = np.array([ids + [0] * (64 - len(ids))], np.int32)
             ids.append(int(forward(weights, row)[0, len(ids) - 1, : tokenizer.n_vocab].argmax()))
     assert text == tokenizer.decode(ids[1:]) + "\n"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", FORMATS)
+def test_on_a_gpu_an_export_in_4_bits_is_sampled_as_it_is_stored(runs, format, capsys):
+    sample_main([str(runs.export(precision=format)), "--prompt", "ba ko", "--tokens", "9", "--temperature", "0"])
+    text, said = capsys.readouterr()
+    assert said.startswith("nanojax: nvfp4, by fused kernels" if format.startswith("nvfp4") else f"nanojax: {format}, by fused kernels")
+    assert text.startswith("ba ko")
+    assert len(text) > len("ba ko\n")
 
 
 def test_several_samples_are_those_of_consecutive_seeds(straight, capsys):
