@@ -97,10 +97,10 @@ class SwiGLU(nnx.Module):
         self.gate = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="gate", key=k_gate)
         self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
-        self.gated = elementwise.gated
+        self.feed_forward = elementwise.feed_forward
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(self.gated(x_BTD, self.gate, self.up))
+        return self.feed_forward(x_BTD, self.gate, self.up, self.down)
 
 
 class ReLU2(nnx.Module):

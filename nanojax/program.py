@@ -35,6 +35,7 @@ from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+from nanojax.ops.kernels.feed_forward import serves
 from nanojax.ops.kernels.spread import Spread
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.xent import total_nats
@@ -81,13 +82,22 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, of whole matrices; the loss takes a whole
-        vocabulary.
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, of whole matrices, or is within its products;
+        the loss takes a whole vocabulary.
         """
-        model, whole = self.config.model, self.mesh.shape["tensor"] == 1
+        model, whole, tokens = self.config.model, self.mesh.shape["tensor"] == 1, self.request.rows * self.config.model.seq_len
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU": swiglu, "loss": whole}
+        plain = self.hopper and self.precision != "fp8" and serves(tokens // self.mesh.shape["context"], model.width, model.hidden)
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU within its products" if plain else "SwiGLU": swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
+
+    @property
+    def hopper(self) -> int | None:
+        """The devices that rows and tokens are cut over, where they are GPUs of compute capability 9.0, as all are that are only compiled
+        for; else None.
+        """
+        parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.mesh.shape["context"]
+        return parts if self.platform in ("gpu", "cuda") and self.request.capability in (None, "9.0") else None
 
     @property
     def facts(self) -> dict[str, str]:
@@ -263,7 +273,7 @@ def elementwise_of(site: Site) -> elementwise.Elementwise:
     """What a site chose to do between products, on all of its devices."""
     if site.no_kernels:
         return elementwise.PLAIN
-    return elementwise.kernels(spread_of(site), products_of(site), whole=site.mesh.shape["tensor"] == 1)
+    return elementwise.kernels(spread_of(site), products_of(site), whole=site.mesh.shape["tensor"] == 1, hopper=site.hopper)
 
 
 def spread_of(site: Site) -> Spread:

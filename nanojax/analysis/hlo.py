@@ -34,6 +34,8 @@ ATTENTION_PRODUCTS = {
     "te_fused_attn_forward_ffi": 2.0, "te_fused_attn_backward_ffi": 5.0,
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+OWN_PRODUCTS = "mosaic_gpu"
+"""Of ops/kernels/wgmma.py: the first operand [M, K] times each that has K rows."""
 MATMUL_TARGETS = ("__cublas$", "__onednn$matmul", "__cudnn$blockScaledDot")
 
 
@@ -218,6 +220,9 @@ def _flops(instruction: _Instruction, within: Computation) -> float:
             return 0.0
         b, t, n, h = dims
         return products * 2 * b * n * h * t * (t + 1) / 2
+    if target.startswith(OWN_PRODUCTS):
+        matrices = [within[name].shapes[0][1] for name in instruction.operands[1:] if name in within]
+        return sum(2.0 * dims[0] * dims[1] * shape[1] for shape in matrices if shape[0] == dims[1])
     if instruction.opcode != "dot" and not target.startswith(MATMUL_TARGETS):
         return 0.0
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.rest)

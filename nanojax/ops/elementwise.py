@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
+from nanojax.ops.kernels import feed_forward as fused
 from nanojax.ops.kernels.norm import Stream
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
@@ -52,9 +53,9 @@ def project(
         return turn(q_BTNH, gains[0], rope), turn(k_BTKH, gains[1], rope), v_BTKH
 
 
-def gated(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable) -> Float[Array, "B T F"]:
-    """silu(gate(x)) * up(x), of two products. Shazeer 2020, arXiv:2002.05202, equation 6."""
-    return jax.nn.silu(gate(x_BTD)) * up(x_BTD)
+def feed_forward(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable, down: Callable) -> Float[Array, "B T D"]:
+    """down(silu(gate(x)) * up(x)), of three products. Shazeer 2020, arXiv:2002.05202, equation 6."""
+    return down(jax.nn.silu(gate(x_BTD)) * up(x_BTD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Elementwise:
 
     add_and_norm: Callable = add_and_norm
     project: Callable = project
-    gated: Callable = gated
+    feed_forward: Callable = feed_forward
     nats_and_gradient: Callable = nats_and_gradient
     """Of the logits that a device has: the loss is summed on each (vocabulary.py)."""
 
@@ -84,12 +85,15 @@ def refusal(request: Request) -> str | None:
     return None
 
 
-def kernels(spread: Spread, products: Products | None, *, whole: bool = True, interpret: bool = False) -> Elementwise:
+def kernels(
+    spread: Spread, products: Products | None, *, whole: bool = True, hopper: int | None = None, interpret: bool = False
+) -> Elementwise:
     """Those of ops/kernels, on a GPU, or anywhere with `interpret`.
 
     `products` are those of matrices that are told to round, which all others do not; None where matrices may not be multiplied side by
     side. `whole`: a device has all heads, feed-forward and vocabulary. Where it has a part of each, matrices are multiplied one by one, and
-    the loss is XLA's.
+    the loss is XLA's. `hopper`: the devices that rows and tokens are cut over, where they are of compute capability 9.0, which has
+    products that do the work after them.
     """
     joined = whole and products is not None
 
@@ -124,11 +128,19 @@ def kernels(spread: Spread, products: Products | None, *, whole: bool = True, in
         flat = loss_kernel.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret)
         return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
 
-    def gate_and_up(x_BTD, gate, up):
+    def within_products(x_BTD, layers):
+        d, f = layers[0].w.get_value().shape
+        tokens = x_BTD.size // d // hopper if hopper else 0
+        return tokens and side_by_side(layers) and all(chosen(w) is PLAIN_PRODUCTS for w in layers) and fused.serves(tokens, d, f)
+
+    def feed(x_BTD, gate, up, down):
+        if within_products(x_BTD, (gate, up, down)):
+            ws = (layer.w.get_value().astype(x_BTD.dtype) for layer in (gate, up, down))
+            return fused.feed_forward(x_BTD, *ws, fused.How(spread))
         if not side_by_side((gate, up)):
-            return gated(x_BTD, gate, up)
+            return feed_forward(x_BTD, gate, up, down)
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
         both_BTF = multiply(x_BTD, both_DF, chosen(gate))
-        return spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF)
+        return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
 
-    return Elementwise(norm, project_joined, gate_and_up, nats if whole else nats_and_gradient)
+    return Elementwise(norm, project_joined, feed, nats if whole else nats_and_gradient)

@@ -91,6 +91,8 @@ def test_time_by_hand():
     attention = dataclasses.replace(product, scope="jit(f)/jvp(block_0)/attention/attend/sdpa", flops=3.7e11, times=1)
     add = Op("b", "fusion", "", "", 0, int(8.7e9), 4)
     assert expected_seconds((product, attention, add), 1e12, 1e11) == pytest.approx(2 * 1 + 1 + 4 * 0.1)
+    ended = dataclasses.replace(product, target="mosaic_gpu_v2", bytes=int(3 * 8.7e10), times=1)
+    assert expected_seconds((ended,), 1e12, 1e11) == pytest.approx(3 + 1 / 2)  # its bytes take longer, half of the rest shows
 
 
 @pytest.mark.parametrize(("text", "size"), [("80GiB", 80 * 2**30), ("1.5 GB", 1_500_000_000), ("24MiB", 24 * 2**20)])

@@ -13,6 +13,7 @@ from generating import packed
 from nanojax.model import merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
+from nanojax.ops.kernels import feed_forward as fused
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.products import PLAIN_PRODUCTS
 from nanojax.ops.xent import total_nats
@@ -81,3 +82,23 @@ def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
     got, want = (merge(g, weights)(tokens) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "devices", "within"), [(128, 1, True), (96, 1, False), (256, 2, True), (128, 2, False), (128, None, False)]
+)
+def test_products_take_the_feed_forward_where_each_device_has_whole_tiles(monkeypatch, tiny_model, tokens, devices, within):
+    taken = []
+
+    def feed_forward(x_BTD, gate, up, down, how):
+        taken.append(how)
+        return fused.feed_forward_reference(x_BTD, gate, up, down)
+
+    monkeypatch.setattr(fused, "feed_forward", feed_forward)
+    sizes = dict(d_model=64, d_ffn=128)
+    graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, hopper=devices, interpret=True), **sizes)
+    plain, _ = tiny_model(**sizes)
+    inputs = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, tokens // 2)), jnp.int32)
+    got, want = (merge(g, params)(inputs) for g in (graph, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    assert bool(taken) == within

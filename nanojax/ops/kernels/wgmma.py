@@ -1,0 +1,231 @@
+"""Products on Hopper's tensor cores that end in a way of our own, by jax's Mosaic GPU: what follows a product finds it in registers.
+
+One warpgroup fetches. Two others take tiles in turns, so that one multiplies while the other ends its tile, as in CUTLASS's "ping-pong"
+kernels. M rows, K what is summed over, N columns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
+
+# Chosen by scripts/bench/kernels.py (LOG.md).
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, those of all matrices together, and of what is summed over at once
+SQUARE = 64  # the part of a tile that is ended at once, rows and columns
+TOGETHER = 8  # tiles side by side in the columns before the next rows
+PROCESSORS = 132  # of an H100 and an H200
+REGISTERS = 40, 232  # of a thread that fetches, and of one that multiplies
+
+
+class Product(NamedTuple):
+    """What is multiplied, and what follows."""
+
+    name: str
+    end: Callable[..., Sequence[Array]]
+    """(products, then inputs, float32) -> results, all squares at the same place."""
+    inputs: tuple[int, ...]
+    """Of the one array that `end` reads: columns at which each starts."""
+    results: tuple[tuple[int, int], ...]
+    """(array, columns at which it starts) of each."""
+    widths: tuple[int, ...]
+    """Columns of each array made."""
+    stages: int
+    """Depths that are fetched ahead."""
+    slots: int
+    """Squares of a warpgroup that are on their way in or out; two at least where there are inputs."""
+
+
+class Arrays(NamedTuple):
+    """In the device's memory."""
+
+    a: Any
+    bs: tuple[Any, ...]
+    read: Any
+    """What `end` reads, or None."""
+    made: tuple[Any, ...]
+
+
+class Shared(NamedTuple):
+    """In the memory of a multiprocessor, and what its warpgroups tell each other there."""
+
+    a: Any
+    b: Any
+    squares: Any
+    """[warpgroup, slot, input or result]."""
+    fetched: Any
+    """Of each warpgroup its own: one whose turn it is not must not count what the other waits for."""
+    used: Any
+    loaded: Any
+
+
+def fits(m: int, k: int, n: int, matrices: int = 1) -> bool:
+    """Whether a product [M, K] @ [K, N] with so many matrices is one of whole tiles."""
+    return m % ROWS == 0 and k % DEPTH == 0 and n % (COLUMNS // matrices) == 0
+
+
+def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None) -> list[Array]:
+    """end(a @ b for each b, inputs in `read`), in the dtype of a, bfloat16, summed in float32. All must be whole tiles: `fits`.
+
+    `interpret`: Mosaic GPU's own parameters, for other devices.
+    """
+    shapes = [jax.ShapeDtypeStruct((len(a_MK), width), a_MK.dtype) for width in product.widths]
+    arrays = [a_MK, *bs_KN, *([] if read is None else [read])]
+    # A function of its own is lowered once for all layers.
+    tiles = len(a_MK) // ROWS * (bs_KN[0].shape[1] * len(bs_KN) // COLUMNS)
+    return list(_jitted(product, len(bs_KN), tuple(shapes), min(PROCESSORS, tiles), interpret)(*arrays))
+
+
+@functools.cache
+def _jitted(product: Product, matrices: int, shapes: tuple[Any, ...], processors: int, interpret: Any) -> Callable:
+    run = plgpu.kernel(
+        functools.partial(_kernel, product, matrices),
+        out_type=shapes,
+        grid=(processors,),
+        grid_names=("processor",),
+        num_threads=3,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup, approx_math=True),
+        kernel_name=product.name,
+        interpret=interpret,
+    )
+    return jax.jit(run)
+
+
+def _square_memory(*shape: int) -> Any:
+    """Shared memory in the layout that tensor cores and the copies to and from it want."""
+    transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
+
+
+def _kernel(product: Product, matrices: int, a_ref, *refs):
+    made = refs[-len(product.widths) :]
+    arrays = Arrays(a_ref, refs[:matrices], refs[matrices] if product.inputs else None, made)
+    shared = Shared(
+        a=_square_memory(product.stages, ROWS, DEPTH),
+        b=_square_memory(matrices, product.stages, DEPTH, COLUMNS // matrices),
+        squares=_square_memory(2, product.slots, max(len(product.inputs), len(product.results)), SQUARE, SQUARE),
+        fetched=plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=2 * product.stages),
+        used=plgpu.Barrier(num_arrivals=1, num_barriers=product.stages),
+        loaded=plgpu.Barrier(num_arrivals=max(1, len(product.inputs)), num_barriers=2 * product.slots),
+    )
+    pl.run_scoped(lambda *scratch: _run(product, arrays, Shared(*scratch)), *shared, collective_axes="warpgroup")
+
+
+def _run(product: Product, arrays: Arrays, shared: Shared) -> None:
+    mine, columns = lax.axis_index("warpgroup"), COLUMNS // len(arrays.bs)
+    tiles = arrays.a.shape[0] // ROWS, arrays.bs[0].shape[1] // columns
+    depths = arrays.a.shape[1] // DEPTH
+    each_tile = plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="processor")
+
+    def place(info) -> tuple[Any, Any]:
+        row, column = plgpu.planar_snake(info.index[0], tiles, 0, TOGETHER)
+        return row * ROWS, column * columns
+
+    @pl.when(mine == 2)
+    def _():
+        plgpu.set_max_registers(REGISTERS[0], action="decrease")
+
+        @each_tile
+        def _(info):
+            _fetch(arrays, shared, place(info), lax.rem(info.local_index, 2), info.local_index * depths)
+
+            @pl.when(info.local_index == info.num_local_steps - 1)
+            def _():
+                steps, stages = info.num_local_steps * depths, product.stages
+                pl.loop(lax.max(steps - stages, 0), steps)(lambda step: plgpu.barrier_wait(shared.used.at[lax.rem(step, stages)]))
+
+    @pl.when(mine < 2)
+    def _():
+        plgpu.set_max_registers(REGISTERS[1], action="increase")
+
+        @each_tile
+        def _(info):
+            multiplied = functools.partial(_sum, shared, mine, info.local_index * depths, depths)
+            pl.when(lax.rem(info.local_index, 2) == mine)(lambda: _tile(product, arrays, shared, mine, place(info), multiplied))
+
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def _fetch(arrays: Arrays, shared: Shared, place: tuple[Any, Any], turn, start) -> None:
+    """What a tile multiplies, through all depths, into the ring from step `start` on."""
+    (row, column), stages = place, shared.a.shape[0]
+
+    @pl.loop(0, arrays.a.shape[1] // DEPTH)
+    def _(depth):
+        step = start + depth
+        stage, at = lax.rem(step, stages), pl.ds(depth * DEPTH, DEPTH)
+        arrived = shared.fetched.at[turn * stages + stage]
+        pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.used.at[stage]))
+        plgpu.copy_gmem_to_smem(arrays.a.at[pl.ds(row, ROWS), at], shared.a.at[stage], arrived)
+        for i, b in enumerate(arrays.bs):
+            plgpu.copy_gmem_to_smem(b.at[at, pl.ds(column, COLUMNS // len(arrays.bs))], shared.b.at[i, stage], arrived)
+
+
+def _sum(shared: Shared, mine, start, depths: int, accumulators: Sequence[Any]) -> None:
+    """Multiply a tile through all depths, which come by the ring from step `start` on."""
+    stages = shared.a.shape[0]
+
+    @pl.loop(0, depths)
+    def _(depth):
+        stage = lax.rem(start + depth, stages)
+        plgpu.barrier_wait(shared.fetched.at[mine * stages + stage])
+        for i, accumulator in enumerate(accumulators):
+            plgpu.wgmma(accumulator, shared.a.at[stage], shared.b.at[i, stage])
+        plgpu.wgmma_wait(len(accumulators))  # those of the depth before have ended
+        pl.when(depth > 0)(lambda: plgpu.barrier_arrive(shared.used.at[lax.rem(start + depth + stages - 1, stages)]))
+
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(shared.used.at[lax.rem(start + depths - 1, stages)])
+
+
+def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[Any, Any], multiplied: Callable) -> None:
+    """One tile: multiply, and end it square by square, whose inputs are on their way meanwhile."""
+    (row, column), matrices = place, len(arrays.bs)
+    squares = [(r, c) for r in range(0, ROWS, SQUARE) for c in range(0, COLUMNS // matrices, SQUARE)]
+
+    def at(square: int, start: int) -> tuple[Any, Any]:
+        r, c = squares[square]
+        return pl.ds(row + r, SQUARE), pl.ds(start + column + c, SQUARE)
+
+    def slot(square: int) -> tuple[Any, Any]:
+        at = square % product.slots
+        return shared.squares.at[mine, at], shared.loaded.at[mine * product.slots + at]
+
+    def load(square: int) -> None:
+        memory, loaded = slot(square)
+        for i, start in enumerate(product.inputs):
+            plgpu.copy_gmem_to_smem(arrays.read.at[at(square, start)], memory.at[i], loaded)
+
+    def scope(*accumulators):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent in the turn before
+        for square in range(min(product.slots, len(squares)) if product.inputs else 0):
+            load(square)
+        multiplied(accumulators)
+        values = [accumulator[...] for accumulator in accumulators]
+        for square, (r, c) in enumerate(squares):
+            memory, loaded = slot(square)
+            if product.inputs:
+                plgpu.barrier_wait(loaded)
+            elif square >= product.slots:
+                plgpu.wait_smem_to_gmem(product.slots - 1, wait_read_only=True)
+            inputs = [memory[i].astype(jnp.float32) for i in range(len(product.inputs))]
+            results = product.end(*(value[r : r + SQUARE, c : c + SQUARE] for value in values), *inputs)
+            for i, result in enumerate(results):
+                memory[i] = result.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            for i, (array, start) in enumerate(product.results):
+                last = i == len(product.results) - 1
+                plgpu.copy_smem_to_gmem(memory.at[i], arrays.made[array].at[at(square, start)], commit_group=last)
+            if product.inputs and square > 0 and square - 1 + product.slots < len(squares):
+                plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+                load(square - 1 + product.slots)
+
+    pl.run_scoped(scope, *(plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS // matrices), jnp.float32) for _ in range(matrices)))

@@ -1,0 +1,75 @@
+"""The feed-forward whose products do its elementwise work, against the function written out, gradients too."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+# Public from jax 0.11 on.
+from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+
+from nanojax.ops.kernels import wgmma
+from nanojax.ops.kernels.feed_forward import How, feed_forward, feed_forward_reference, serves
+
+# bf16 inputs and results; gates, ups and their gradients are rounded to it in between
+ERROR = 0.01
+
+
+def results(f, rows, t, d, hidden, dtype):
+    """(value, gradients) of a function, with a random cotangent."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale=1.0):
+        return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16).astype(dtype)
+
+    arguments = (
+        normal(rows, t, d),
+        normal(d, hidden, scale=d**-0.5),
+        normal(d, hidden, scale=d**-0.5),
+        normal(hidden, d, scale=hidden**-0.5),
+    )
+    y, vjp = jax.vjp(f, *arguments)
+    return y, *vjp(normal(*y.shape))
+
+
+def assert_alike(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, jnp.bfloat16)
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=ERROR * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize(
+    ("processors", "sizes"),
+    [
+        (1, (2, 64, 64, 128)),
+        # several tiles each, an odd number of them; more depths than are fetched ahead; blocks that cross rows
+        pytest.param(2, (3, 128, 320, 384), marks=pytest.mark.slow),
+        pytest.param(5, (1, 256, 128, 256), marks=pytest.mark.slow),
+    ],
+)
+def test_it_is_a_swiglu_feed_forward_and_backward(monkeypatch, processors, sizes):
+    """Interpreted, which also checks that no barrier is left waiting or unobserved."""
+    monkeypatch.setattr(wgmma, "PROCESSORS", processors)
+    interpreted = functools.partial(feed_forward, how=How(interpret=InterpretGPUParams()))
+    assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(feed_forward_reference, *sizes, jnp.float32))
+
+
+def test_whole_tiles_are_served():
+    """128 tokens, 64 of the model, and 128 of the feed-forward, of which the product of two matrices takes 64 each."""
+    assert serves(128, 64, 128)
+    assert serves(65536, 768, 2048)
+    assert not serves(64, 64, 128)
+    assert not serves(128, 96, 128)
+    assert not serves(128, 64, 192)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(3, 128, 64, 128), (5, 384, 192, 640), (2, 2048, 1280, 3584), (16, 2048, 768, 2048)])
+def test_the_compiled_feed_forward_agrees_on_a_gpu(sizes):
+    """Fewer tiles than processors, and many more; numbers of depths that are no multiple of those fetched ahead."""
+    got = jax.jit(lambda: results(feed_forward, *sizes, jnp.bfloat16))()
+    assert_alike(got, jax.jit(lambda: results(feed_forward_reference, *sizes, jnp.float32))())
