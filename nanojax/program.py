@@ -97,7 +97,7 @@ class Site:
         for; else None.
         """
         parts = self.mesh.shape["data"] * self.mesh.shape["fsdp"] * self.mesh.shape["context"]
-        return parts if self.platform in ("gpu", "cuda") and self.request.capability in (None, "9.0") else None
+        return parts if self.request.platform in ("gpu", "cuda") and self.request.capability in (None, "9.0") else None
 
     @property
     def facts(self) -> dict[str, str]:

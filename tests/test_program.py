@@ -95,6 +95,16 @@ def test_the_header_names_the_kernels_that_a_model_gets():
     """As if on a GPU: nothing is compiled."""
     site = dataclasses.replace(program_of(), no_kernels=None)
     assert site.facts["elementwise"] == "kernels: norms, rotation, SwiGLU, loss; else XLA"
+    hopper = dataclasses.replace(site.request, platform="gpu", capability="9.0", rows=64)
+    sizes = dataclasses.replace(site.config.model, d_model=64, d_ffn=128, seq_len=32)
+    within = dataclasses.replace(site, request=hopper, config=dataclasses.replace(site.config, model=sizes))
+    assert within.kernels == ["norms", "rotation", "SwiGLU within its products", "loss"]
+    for changes in (
+        dict(precision="fp8"),
+        dict(request=dataclasses.replace(hopper, rows=1)),
+        dict(request=dataclasses.replace(hopper, capability="10.0")),
+    ):
+        assert dataclasses.replace(within, **changes).kernels == ["norms", "rotation", "SwiGLU", "loss"]
     other = dataclasses.replace(CONFIG.model, qk_norm=False)
     site = dataclasses.replace(site, precision="fp8", config=dataclasses.replace(site.config, model=other))
     assert site.facts["elementwise"] == "kernels: norms, SwiGLU, loss; else XLA"

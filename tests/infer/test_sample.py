@@ -59,7 +59,9 @@ def test_temperature_zero_takes_the_likeliest_token_of_the_full_forward_pass(str
 @pytest.mark.parametrize("format", FORMATS)
 def test_on_a_gpu_an_export_in_4_bits_is_sampled_as_it_is_stored(runs, format, capsys):
     groups = {"int4_group": 64} if format == "int4" else {}
-    sample_main([str(runs.export(precision=format, **groups)), "--prompt", "ba ko", "--tokens", "9", "--temperature", "0"])
+    folder = runs.export(precision=format, **groups)
+    capsys.readouterr()
+    sample_main([str(folder), "--prompt", "ba ko", "--tokens", "9", "--temperature", "0"])
     text, said = capsys.readouterr()
     assert said.startswith(f"nanojax: {format}, exported, by fused kernels")
     assert text.startswith("ba ko")

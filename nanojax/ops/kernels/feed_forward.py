@@ -72,12 +72,12 @@ def _gradients(how: How, kept: Any, dy_BTD: Array):
 feed_forward.defvjp(_feed_forward, _gradients)
 
 
-def _gate_and_up(how: How, x_BTD: Array, w_gate_DF: Array, w_up_DF: Array) -> list[Array]:
-    """[gates and ups side by side, silu(gates) * ups]."""
+def _gate_and_up(how: How, x_BTD: Array, w_gate_DF: Array, w_up_DF: Array) -> tuple[Array, Array]:
+    """(gates and ups side by side, silu(gates) * ups)."""
     f = w_gate_DF.shape[1]
     product = wgmma.Product("gate_and_up", _end_forward, (), ((0, 0), (0, f), (1, 0)), (2 * f, f), stages=5, slots=1)
     both, h = wgmma.multiply(product, x_BTD.reshape(-1, x_BTD.shape[-1]), (w_gate_DF, w_up_DF), interpret=how.interpret)
-    return [y.reshape(*x_BTD.shape[:2], -1) for y in (both, h)]
+    return both.reshape(*x_BTD.shape[:2], -1), h.reshape(*x_BTD.shape[:2], -1)
 
 
 def _down_backward(how: How, dy_BTD: Array, w_down_FD: Array, both_BTF: Array) -> Array:

@@ -71,6 +71,19 @@ def fits(m: int, k: int, n: int, matrices: int = 1) -> bool:
     return m % ROWS == 0 and k % DEPTH == 0 and n % (COLUMNS // matrices) == 0
 
 
+def multiply_reference(
+    product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None
+) -> list[Array]:
+    """`multiply` written out, of any type and size."""
+    del interpret
+    n = bs_KN[0].shape[1]
+    inputs = [read[:, start : start + n] for start in product.inputs] if read is not None else []
+    made = [jnp.zeros((len(a_MK), width), a_MK.dtype) for width in product.widths]
+    for (array, start), result in zip(product.results, product.end(*(a_MK @ b_KN for b_KN in bs_KN), *inputs), strict=True):
+        made[array] = made[array].at[:, start : start + n].set(result)
+    return made
+
+
 def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None) -> list[Array]:
     """end(a @ b for each b, inputs in `read`), in the dtype of a, bfloat16, summed in float32. All must be whole tiles: `fits`.
 

@@ -12,6 +12,7 @@ import pytest
 # Public from jax 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from nanojax.mesh import make_mesh, spec
 from nanojax.ops.kernels import wgmma
 from nanojax.ops.kernels.feed_forward import How, feed_forward, feed_forward_reference, serves
 
@@ -56,6 +57,21 @@ def test_it_is_a_swiglu_feed_forward_and_backward(monkeypatch, processors, sizes
     monkeypatch.setattr(wgmma, "PROCESSORS", processors)
     interpreted = functools.partial(feed_forward, how=How(interpret=InterpretGPUParams()))
     assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(feed_forward_reference, *sizes, jnp.float32))
+
+
+def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
+    """By its products written out: which part goes where, on a mesh of one device."""
+    monkeypatch.setattr(wgmma, "multiply", wgmma.multiply_reference)
+    mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
+
+    def spread(f, ins, outs):
+        out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
+        return jax.shard_map(f, mesh=mesh, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)
+
+    sizes = (3, 5, 8, 12)
+    got = results(functools.partial(feed_forward, how=How(spread)), *sizes, jnp.float32)
+    for a, b in zip(got, results(feed_forward_reference, *sizes, jnp.float32), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_whole_tiles_are_served():
