@@ -71,7 +71,8 @@ def train_step(
     `factors`, if any, are one array [2], of the loss and of the gradient (faults.py).
     """
     with jax.named_scope("prepare"):
-        weights = prepare(state.params)
+        # Kernels want whole matrices, and XLA would gather them before they are cast.
+        weights = jax.lax.with_sharding_constraint(prepare(state.params), shardings)
 
     def accumulate(carry: tuple[Array, dict], micro: Any) -> tuple[tuple[Array, dict], None]:
         nats, grads = jax.value_and_grad(loss)(weights, *micro)
