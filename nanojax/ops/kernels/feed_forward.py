@@ -65,7 +65,9 @@ def _gradients(how: How, kept: Any, dy_BTD: Array):
         d_both_BTF = how.spread(functools.partial(_down_backward, how), (ROWS, (), ROWS), ROWS)(dy_BTD, w_down_FD, both_BTF)
         dw_down_FD = jnp.einsum("BTF,BTD->FD", h_BTF, dy_BTD)
     with jax.named_scope("gate_up"):
-        dx_BTD, dw_both_DF = PLAIN_PRODUCTS.backward((x_BTD, ws), d_both_BTF)
+        # On a mesh side by side where they are whole: the way forward has gathered them, and what else XLA is given it gathers anew.
+        w_both_DF = how.spread(lambda *ws: jnp.concatenate(ws, axis=1), ((), ()), ())(*ws)
+        dx_BTD, dw_both_DF = PLAIN_PRODUCTS.backward((x_BTD, (w_both_DF,)), d_both_BTF)
     return dx_BTD, *jnp.split(dw_both_DF, 2, axis=1), dw_down_FD
 
 
