@@ -85,10 +85,11 @@ class Site:
         """What has kernels where any are used. SwiGLU's follows one product of gates and ups, of whole matrices, or is within its products;
         the loss takes a whole vocabulary.
         """
-        model, whole, tokens = self.config.model, self.mesh.shape["tensor"] == 1, self.request.rows * self.config.model.seq_len
+        model, whole = self.config.model, self.mesh.shape["tensor"] == 1
+        tokens = self.request.rows * model.seq_len // self.mesh.shape["context"]  # of a device
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
-        plain = self.hopper and self.precision != "fp8" and serves(tokens // self.mesh.shape["context"], model.width, model.hidden)
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU within its products" if plain else "SwiGLU": swiglu, "loss": whole}
+        within = self.hopper and self.precision != "fp8" and serves(tokens, model.width, model.hidden)
+        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU within its products" if within else "SwiGLU": swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
 
     @property

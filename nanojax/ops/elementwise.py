@@ -93,7 +93,7 @@ def kernels(
     `products` are those of matrices that are told to round, which all others do not; None where matrices may not be multiplied side by
     side. `whole`: a device has all heads, feed-forward and vocabulary. Where it has a part of each, matrices are multiplied one by one, and
     the loss is XLA's. `hopper`: the devices that rows and tokens are cut over, where they are of compute capability 9.0, which has
-    products that do the work after them.
+    products that do the work after them; there, not with `interpret`.
     """
     joined = whole and products is not None
 
@@ -130,8 +130,8 @@ def kernels(
 
     def within_products(x_BTD, layers):
         d, f = layers[0].w.get_value().shape
-        tokens = x_BTD.size // d // hopper if hopper else 0
-        return tokens and side_by_side(layers) and all(chosen(w) is PLAIN_PRODUCTS for w in layers) and fused.serves(tokens, d, f)
+        plain = side_by_side(layers) and all(chosen(layer) is PLAIN_PRODUCTS for layer in layers)
+        return plain and hopper is not None and fused.serves(x_BTD.size // d // hopper, d, f)
 
     def feed(x_BTD, gate, up, down):
         if within_products(x_BTD, (gate, up, down)):

@@ -9,6 +9,7 @@ import functools
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -25,6 +26,10 @@ class Bench:
     seconds: float = 8.0
     """Of products and attention in turns; the first half is dropped."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.seconds < float("inf"):
+            raise UserError(f"--seconds is a finite time above 0, given {self.seconds}; try 8")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,8 +61,9 @@ def product_calls(config: Config, rows: int) -> list[tuple[Callable, int]]:
 
     c, tokens = config.model, rows * config.model.seq_len
     heads, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
-    forward = [(c.width, heads), (c.width, keys), (c.width, keys), (heads, c.width), (c.width, 2 * c.hidden), (c.hidden, c.width)]
-    backward = [(c.width, heads + 2 * keys), (heads, c.width), (c.width, 2 * c.hidden), (c.hidden, c.width)]
+    up = (2 if c.ffn == "swiglu" else 1) * c.hidden
+    forward = [(c.width, heads), (c.width, keys), (c.width, keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
+    backward = [(c.width, heads + 2 * keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
     drawn: dict[tuple[int, ...], Any] = {}
 
     def normal(*shape: int) -> Any:
@@ -78,7 +84,7 @@ def product_calls(config: Config, rows: int) -> list[tuple[Callable, int]]:
 
 
 def attention_calls(config: Config, site: Any) -> list[tuple[Callable, int]]:
-    """(what calls attention with its gradient, times a microbatch)."""
+    """(what calls attention with its gradient, times a microbatch), for each window."""
     import jax
     import jax.numpy as jnp
 
@@ -91,12 +97,15 @@ def attention_calls(config: Config, site: Any) -> list[tuple[Callable, int]]:
         for i, n in enumerate((c.n_head, c.kv_heads, c.kv_heads))
     )
 
-    @jax.jit
-    def both(q, k, v):
-        y, vjp = jax.vjp(functools.partial(attend, window=None), q, k, v)
-        return vjp(y)
+    def call(window: int | None) -> Callable:
+        @jax.jit
+        def both(q, k, v):
+            y, vjp = jax.vjp(functools.partial(attend, window=window), q, k, v)
+            return vjp(y)
 
-    return [(lambda: both(q, k, v), c.depth)]
+        return lambda: both(q, k, v)
+
+    return [(call(window), count) for window, count in Counter(c.windows).items()]
 
 
 def sustained(calls: list[tuple[Callable, int]], seconds: float) -> tuple[float, str]:
@@ -111,7 +120,7 @@ def sustained(calls: list[tuple[Callable, int]], seconds: float) -> tuple[float,
         return last
 
     before, began, stamps = jax.block_until_ready(microbatch()), time.perf_counter(), []
-    while time.perf_counter() - began < seconds:
+    while time.perf_counter() - began < seconds or len(stamps) < 4:
         now = microbatch()  # one is always on its way
         jax.block_until_ready(before)
         stamps.append(time.perf_counter())
@@ -119,8 +128,11 @@ def sustained(calls: list[tuple[Callable, int]], seconds: float) -> tuple[float,
     jax.block_until_ready(before)
     half = stamps[len(stamps) // 2 :]
     command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,power.limit", "--format=csv,noheader"]
-    said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip().splitlines()
-    return 1e3 * (half[-1] - half[0]) / (len(half) - 1), said[0] if said else "nvidia-smi says nothing"
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        said = "nvidia-smi says nothing"
+    return 1e3 * (half[-1] - half[0]) / (len(half) - 1), said
 
 
 if __name__ == "__main__":

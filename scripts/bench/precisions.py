@@ -43,6 +43,8 @@ class Bench:
     def __post_init__(self) -> None:
         if self.rounds < 2 or self.steps_a_round < 1:
             raise UserError(f"a bench takes 2 rounds or more and a step or more, given {self.rounds} and {self.steps_a_round}; raise them")
+        if not self.names or len(set(self.names)) < len(self.names):
+            raise UserError(f"--names are one or more, each once, given {' '.join(self.names) or 'none'}; name others")
         if unknown := [name for name in self.names if name not in VARIANTS]:
             raise UserError(f"--names are of {', '.join(VARIANTS)}, given {unknown[0]}; choose one of these")
 
@@ -74,6 +76,7 @@ def main(argv: Sequence[str]) -> None:
 
     def prepared(name: str) -> tuple[Any, Any, Any]:
         program = make_program(replace(base, train=replace(base.train, **VARIANTS[name])), jax.devices()[:1])
+        program.require_trainable()
         shape = (program.accumulation, program.rows, base.model.seq_len)
         arrays = (*(part.reshape(shape) for part in drawn), np.ones(shape, np.int32))
         tokens = Batch(*jax.device_put(arrays, batch_sharding(program.mesh)))

@@ -43,10 +43,11 @@ GPU = """HloModule jit_step
   %mm = (bf16[16,64]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
   %q = bf16[2,5,4,16]{3,2,1,0} constant({...})
   %sdpa = (bf16[2,4,5,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="a/rematted_computation/b"}
-  %both = (bf16[16,128]{1,0}, bf16[16,64]{1,0}) custom-call(%x, %w, %w), custom_call_target="mosaic_gpu_v2"
+  %both = (bf16[16,128]{1,0}, bf16[16,64]{1,0}) custom-call(%x, %w, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/jit(wrapper)/gate_and_up/mpmd_map"}
   %dw = bf16[32,128]{1,0} constant({...})
-  %kept = bf16[16,128]{1,0} constant({...})
-  %ended = bf16[16,256]{1,0} custom-call(%x, %dw, %kept), custom_call_target="mosaic_gpu_v2"
+  %kept = bf16[32,256]{1,0} constant({...})
+  %dy = bf16[32,32]{1,0} constant({...})
+  %ended = bf16[32,256]{1,0} custom-call(%dy, %dw, %kept), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/jit(wrapper)/down_backward/mpmd_map"}
   %parts = bf16[8,16,32]{2,1,0} constant({...})
   %address_computation = bf16[16,64]{1,0} fusion(%parts, %w), kind=kCustom, calls=%fused_call
   ROOT %out = (s32[], bf16[16,32]{1,0}) tuple(%i, %x)
@@ -82,7 +83,7 @@ def test_operations_of_a_gpu_program_by_hand():
     assert sdpa.recomputed
     assert not mm.recomputed
     assert ops["both"].flops == 2 * mm.flops  # two matrices, one input
-    assert ops["ended"].flops == 2 * 16 * 128 * 32  # not of what is read at its end
+    assert ops["ended"].flops == 2 * 32 * 128 * 32  # not of what is read at its end, were there as many rows as are summed over
     wrapping = ops["address_computation"]
     assert (wrapping.wrapped, wrapping.target, wrapping.flops, mm.wrapped) == ("inner", mm.target, mm.flops, "")
     assert cut.bytes == 64 * 32 * (2 + 4) + 4  # the slice, the result, the index

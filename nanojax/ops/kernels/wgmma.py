@@ -20,8 +20,8 @@ from jaxtyping import Array
 # Chosen by scripts/bench/kernels.py (LOG.md).
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, those of all matrices together, and of what is summed over at once
 SQUARE = 64  # the part of a tile that is ended at once, rows and columns
-TOGETHER = 8  # tiles side by side in the columns before the next rows
-PROCESSORS = 132  # of an H100 and an H200
+TOGETHER = 8  # tiles one below the other before the next columns
+PROCESSORS = 132  # of an H100 SXM and an H200; where there are fewer, some take their tiles after others
 REGISTERS = 40, 232  # of a thread that fetches, and of one that multiplies
 
 
@@ -68,13 +68,13 @@ class Shared(NamedTuple):
 
 def fits(m: int, k: int, n: int, matrices: int = 1) -> bool:
     """Whether a product [M, K] @ [K, N] with so many matrices is one of whole tiles."""
-    return m % ROWS == 0 and k % DEPTH == 0 and n % (COLUMNS // matrices) == 0
+    return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % (COLUMNS // matrices) == 0
 
 
 def multiply_reference(
     product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None
 ) -> list[Array]:
-    """`multiply` written out, of any type and size."""
+    """`multiply` written out, of any size, `end` and all in the type of a."""
     del interpret
     n = bs_KN[0].shape[1]
     inputs = [read[:, start : start + n] for start in product.inputs] if read is not None else []
@@ -85,14 +85,20 @@ def multiply_reference(
 
 
 def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None) -> list[Array]:
-    """end(a @ b for each b, inputs in `read`), in the dtype of a, bfloat16, summed in float32. All must be whole tiles: `fits`.
+    """end(a @ b for each b, inputs in `read`), in bfloat16 as all that is given, summed in float32.
 
-    `interpret`: Mosaic GPU's own parameters, for other devices.
+    `interpret`: Mosaic GPU's own parameters, for other devices. Raises ValueError on what is not whole tiles, or of another type.
     """
+    (m, k), n = a_MK.shape, bs_KN[0].shape[1]
+    if not fits(m, k, n, len(bs_KN)) or a_MK.dtype != jnp.bfloat16:
+        raise ValueError(
+            f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS // len(bs_KN)}, "
+            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; feed_forward.serves tells"
+        )
     shapes = [jax.ShapeDtypeStruct((len(a_MK), width), a_MK.dtype) for width in product.widths]
     arrays = [a_MK, *bs_KN, *([] if read is None else [read])]
     # A function of its own is lowered once for all layers.
-    tiles = len(a_MK) // ROWS * (bs_KN[0].shape[1] * len(bs_KN) // COLUMNS)
+    tiles = m // ROWS * (n * len(bs_KN) // COLUMNS)
     return list(_jitted(product, len(bs_KN), tuple(shapes), min(PROCESSORS, tiles), interpret)(*arrays))
 
 

@@ -78,9 +78,17 @@ def test_whole_tiles_are_served():
     """128 tokens, 64 of the model, and 128 of the feed-forward, of which the product of two matrices takes 64 each."""
     assert serves(128, 64, 128)
     assert serves(65536, 768, 2048)
+    assert not serves(0, 64, 128)
     assert not serves(64, 64, 128)
     assert not serves(128, 96, 128)
     assert not serves(128, 64, 192)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((64, 64), jnp.bfloat16), ((128, 96), jnp.bfloat16), ((128, 64), jnp.float32)])
+def test_what_is_not_whole_tiles_of_bfloat16_is_refused(shape, dtype):
+    x, w = jnp.zeros((1, *shape), dtype), jnp.zeros((shape[1], 128), dtype)
+    with pytest.raises(ValueError, match=f"tiles of 128 x 64 by 64 x 64, given .*{shape[0]}, {shape[1]}"):
+        feed_forward(x, w, w, w.T)
 
 
 @pytest.mark.gpu
