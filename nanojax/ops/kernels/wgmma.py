@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
-# Chosen by scripts/bench/kernels.py (LOG.md).
+# What else was tried is in scripts/bench/LOG.md.
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, those of all matrices together, and of what is summed over at once
 SQUARE = 64  # the part of a tile that is ended at once, rows and columns
 TOGETHER = 8  # tiles one below the other before the next columns
@@ -97,7 +97,6 @@ def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array 
         )
     shapes = [jax.ShapeDtypeStruct((len(a_MK), width), a_MK.dtype) for width in product.widths]
     arrays = [a_MK, *bs_KN, *([] if read is None else [read])]
-    # A function of its own is lowered once for all layers.
     tiles = m // ROWS * (n * len(bs_KN) // COLUMNS)
     return list(_jitted(product, len(bs_KN), tuple(shapes), min(PROCESSORS, tiles), interpret)(*arrays))
 
@@ -115,7 +114,7 @@ def _jitted(product: Product, matrices: int, shapes: tuple[Any, ...], processors
         kernel_name=product.name,
         interpret=interpret,
     )
-    return jax.jit(run)
+    return jax.jit(run)  # lowered once for all layers
 
 
 def _square_memory(*shape: int) -> Any:
