@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanojax.checks import MESH_AXES, nearest_divisor, nearest_multiple
@@ -105,7 +105,7 @@ def spec(axes: Axes) -> P:
     return P(*(table[axis] if axis else None for axis in axes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, P())
 
@@ -164,8 +164,11 @@ def per_shard(attention: AttentionFn, mesh: Mesh) -> AttentionFn:
 
 def per_device(f: Callable, ins: Sequence[Axes], outs: Any, mesh: Mesh) -> Callable:
     """`f` on every device with its own part of each argument and result, whose logical axes are given (ops/kernels/spread.py)."""
-    if mesh.size == 1:
-        return f
+    return f if mesh.size == 1 else sharded(f, ins, outs, mesh)
+
+
+def sharded(f: Callable, ins: Sequence[Axes], outs: Any, mesh: Mesh) -> Callable:
+    """`per_device`, on a mesh of one device too."""
     out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
     # Unchecked, because a kernel's own primitives do not say over which axes their results vary. The gradients of what is whole are
     # summed over devices.

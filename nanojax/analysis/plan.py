@@ -115,6 +115,6 @@ def seconds_of(op: Op, peak_flops: float, bandwidth: float) -> float:
         reached = ATTENTION_REACHED if group_of(op) == ATTENTION else PRODUCTS_REACHED
         peak = 2 * peak_flops if op.target.endswith("$f8") else peak_flops  # 8 bits are multiplied twice as fast
         multiplying = op.times * op.flops / (peak * reached)
-        # What follows a product within its kernel overlaps with half of it (scripts/bench/LOG.md).
+        # Where a kernel does what follows too, half of the shorter of the two shows (scripts/bench/LOG.md).
         return max(multiplying, moving) + min(multiplying, moving) / 2 if op.target.startswith(OWN_PRODUCTS) else multiplying
     return moving

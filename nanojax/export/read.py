@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 from safetensors import SafetensorError, safe_open
 
@@ -19,6 +19,7 @@ from nanojax.export import layout
 from nanojax.export.folder import CONFIG, REMEDY, WEIGHTS, Export
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.files import printable
+from nanojax.mesh import replicated
 from nanojax.ops.fp4 import FP32_MIN_NORMAL, QuantizedArray, dequantize, unpack
 from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
 from nanojax.precision import Rounding, siblings
@@ -70,7 +71,7 @@ def read_weights(
         if bad := int(jnp.sum(~jnp.isfinite(w))):
             raise UserError(f"{export.path / WEIGHTS}: weights must be finite, and {known[name].module} has {bad} that are not; {REMEDY}")
         if packed and "weight_packed" in parts[name]:
-            made[name] = jax.device_put(packed_matrix(parts[name], export.format), NamedSharding(sharding.mesh, PartitionSpec()))
+            made[name] = jax.device_put(packed_matrix(parts[name], export.format), replicated(sharding.mesh))
         else:
             made[name] = jax.device_put(w, sharding)
     return made

@@ -24,7 +24,7 @@ class Bench:
     """What to time."""
 
     seconds: float = 8.0
-    """Of products and attention in turns; the first half is dropped."""
+    """Of each of the three; the first half is dropped."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
     def __post_init__(self) -> None:

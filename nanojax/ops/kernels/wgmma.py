@@ -95,7 +95,7 @@ def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array 
             f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS // len(bs_KN)}, "
             f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; feed_forward.serves tells"
         )
-    shapes = [jax.ShapeDtypeStruct((len(a_MK), width), a_MK.dtype) for width in product.widths]
+    shapes = [jax.ShapeDtypeStruct((m, width), a_MK.dtype) for width in product.widths]
     arrays = [a_MK, *bs_KN, *([] if read is None else [read])]
     tiles = m // ROWS * (n * len(bs_KN) // COLUMNS)
     return list(_jitted(product, len(bs_KN), tuple(shapes), min(PROCESSORS, tiles), interpret)(*arrays))

@@ -12,7 +12,8 @@ import pytest
 # Public from jax 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from nanojax.mesh import make_mesh, spec
+from nanojax.analysis.hlo import OWN_MATRICES
+from nanojax.mesh import make_mesh, sharded
 from nanojax.ops.kernels import wgmma
 from nanojax.ops.kernels.feed_forward import How, feed_forward, feed_forward_reference, serves
 
@@ -63,15 +64,22 @@ def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
     """By its products written out: which part goes where, on a mesh of one device."""
     monkeypatch.setattr(wgmma, "multiply", wgmma.multiply_reference)
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
-
-    def spread(f, ins, outs):
-        out_specs = tuple(map(spec, outs)) if isinstance(outs, list) else spec(outs)
-        return jax.shard_map(f, mesh=mesh, in_specs=tuple(map(spec, ins)), out_specs=out_specs, check_vma=False)
-
     sizes = (3, 5, 8, 12)
-    got = results(functools.partial(feed_forward, how=How(spread)), *sizes, jnp.float32)
+    got = results(functools.partial(feed_forward, how=How(functools.partial(sharded, mesh=mesh))), *sizes, jnp.float32)
     for a, b in zip(got, results(feed_forward_reference, *sizes, jnp.float32), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def test_its_kernels_are_those_whose_flops_are_counted(monkeypatch):
+    taken = {}
+
+    def multiply(product, a_MK, bs_KN, read=None, interpret=None):
+        taken[product.name] = len(bs_KN)
+        return wgmma.multiply_reference(product, a_MK, bs_KN, read, interpret)
+
+    monkeypatch.setattr(wgmma, "multiply", multiply)
+    results(feed_forward, 1, 2, 4, 6, jnp.float32)
+    assert taken == OWN_MATRICES
 
 
 def test_whole_tiles_are_served():
