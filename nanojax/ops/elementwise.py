@@ -6,6 +6,7 @@ B batch, T tokens, D model, N heads, H head size, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,10 +125,6 @@ def kernels(
             how = How(head_dim, spread, chosen(layers[0]), interpret)
             return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how)
 
-    def nats(logits_BTV, targets_BT, softcap):
-        flat = loss_kernel.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret)
-        return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)
-
     def within_products(x_BTD, layers):
         d, f = layers[0].w.get_value().shape
         plain = side_by_side(layers) and all(chosen(layer) is PLAIN_PRODUCTS for layer in layers)
@@ -140,7 +137,16 @@ def kernels(
         if not side_by_side((gate, up)):
             return feed_forward(x_BTD, gate, up, down)
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
+        joint = chosen(gate).feed_forward if side_by_side((down,)) and chosen(down) is chosen(gate) else None
+        if joint is not None:
+            return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype))
         both_BTF = multiply(x_BTD, both_DF, chosen(gate))
         return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
 
-    return Elementwise(norm, project_joined, feed, nats if whole else nats_and_gradient)
+    return Elementwise(norm, project_joined, feed, functools.partial(_nats, interpret) if whole else nats_and_gradient)
+
+
+def _nats(interpret: bool, logits_BTV: Array, targets_BT: Array, softcap: float | None) -> tuple[Array, Array]:
+    """`nats_and_gradient` by its kernel."""
+    flat = loss_kernel.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1), softcap, interpret=interpret)
+    return flat[0].reshape(targets_BT.shape), flat[1].reshape(logits_BTV.shape)

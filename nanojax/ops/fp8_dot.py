@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,12 +17,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.dot import dot
-from nanojax.ops.kernels.both_ways import both_ways_reference, narrowed
+from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, made, narrowed
+from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
 from nanojax.ops.products import Products, multiply
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-Round = Callable[[Array, Array, DTypeLike], tuple[Array, Array]]
-"""(x [B, T, I], scale, type) -> x / scale rounded, and the same turned [I, N]."""
+Round = Callable[[Work, tuple[Array, ...], Array, DTypeLike], tuple[Array, Array]]
+"""(work, tensors [B, T, _], scale, type) -> what work makes of them, [B, T, I], over scale and rounded, and the same turned [I, N]."""
+SWIGLU, SWIGLU_BACKWARD = Work(silu_times, (2,)), Work(silu_times_backward, (2, 1), 2)
 
 
 class Scaled(NamedTuple):
@@ -46,9 +48,9 @@ def fp8_dot(
     return multiply(x_BTI, w_IO.astype(x_BTI.dtype), fp8_products(rounded))
 
 
-def scale_of(x: Array, dtype: DTypeLike) -> Float[Array, ""]:
-    """The smallest power of two that, as scale, lets all of x into an 8-bit type; NaN where x is not finite."""
-    largest = jnp.max(jnp.abs(x)).astype(jnp.float32)
+def scale_of(parts: Sequence[Array], dtype: DTypeLike) -> Float[Array, ""]:
+    """The smallest power of two that, as scale, lets all of a tensor, here in parts, into an 8-bit type; NaN where it is not finite."""
+    largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts))).astype(jnp.float32)
     fraction, exponent = jnp.frexp(largest / float(jnp.finfo(dtype).max))
     # Normal numbers, and their reciprocals too: processors that flush denormals would divide by zero.
     scale = jnp.ldexp(jnp.float32(1), jnp.clip(jnp.where(fraction == 0.5, exponent - 1, exponent), -126, 126))
@@ -57,14 +59,17 @@ def scale_of(x: Array, dtype: DTypeLike) -> Float[Array, ""]:
 
 def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     """The nearest values in an 8-bit type; NaN where x is not finite."""
-    scale = scale_of(x, dtype)
+    scale = scale_of((x,), dtype)
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
-def both_ways(x_BTI: Float[Array, "B T I"], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
-    """x in 8 bits, and [I, N]: products of 8 bits read operands along what is summed over, not the same forward and backward."""
-    scale = scale_of(x_BTI, dtype)
-    values_BTI, turned_IN = rounded(x_BTI, scale, dtype)
+def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
+    """What work makes in 8 bits, and [I, N]: products of 8 bits read operands along what is summed over, not the same forward and backward.
+
+    It is made twice, for its largest number and to be rounded, which moves less than to write it and read it twice.
+    """
+    scale = scale_of(made(work, xs), dtype)
+    values_BTI, turned_IN = rounded(work, xs, scale, dtype)
     return Scaled(values_BTI, scale), Scaled(turned_IN, scale)
 
 
@@ -78,22 +83,54 @@ def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
     return jnp.einsum(subscripts, *wide, preferred_element_type=dtype)
 
 
-def forward(x_BTI: Array, ws: tuple[Array, ...], rounded: Round):
-    """x @ w for each matrix, all with one scale."""
-    (x, turned), w = both_ways(x_BTI, E4M3, rounded), to_fp8(jnp.concatenate(ws, axis=1), E4M3)
+def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
+    """x @ w for each matrix, all with one scale; x is what work makes of xs."""
+    dtype = xs[0].dtype
+    (x, turned), w = both_ways(work, xs, E4M3, rounded), to_fp8(jnp.concatenate(ws, axis=1), E4M3)
     parts = jnp.split(w.values, list(itertools.accumulate(w_IO.shape[1] for w_IO in ws))[:-1], axis=1)
-    return tuple(product("BTI,IO->BTO", x, Scaled(part, w.scale), x_BTI.dtype) for part in parts), (turned, w)
+    return tuple(product("BTI,IO->BTO", x, Scaled(part, w.scale), dtype) for part in parts), (turned, w)
 
 
-def backward(kept: tuple[Scaled, Scaled], dy_BTY: Array, rounded: Round):
-    """The gradients of x and of the matrices side by side."""
-    x, w = kept
-    dy, turned = both_ways(dy_BTY, E5M2, rounded)
-    dx_BTI = product("BTY,IY->BTI", dy, w, dy_BTY.dtype)
-    return dx_BTI, product("IN,YN->IY", x, turned, dy_BTY.dtype)
+def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
+    """The gradients of x and of the matrices side by side; dy [B, T, Y] is what work makes of dys."""
+    (x, w), dtype = kept, dys[0].dtype
+    dy, turned = both_ways(work, dys, E5M2, rounded)
+    return product("BTY,IY->BTI", dy, w, dtype), product("IN,YN->IY", x, turned, dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def feed_forward(
+    x_BTD: Float[Array, "B T D"], w_both_DY: Float[Array, "D Y"], w_down_FD: Float[Array, "F D"], rounded: Round
+) -> Float[Array, "B T D"]:
+    """(silu(x w_gate) * (x w_up)) w_down of gate and up side by side, Y = 2F, its elementwise work done where its results are rounded."""
+    return _feed_forward(x_BTD, w_both_DY, w_down_FD, rounded)[0]
+
+
+def _feed_forward(x_BTD: Array, w_both_DY: Array, w_down_FD: Array, rounded: Round):
+    with jax.named_scope("gate_up"):
+        (both_BTY,), kept_both = forward((x_BTD,), (w_both_DY,), rounded)
+    with jax.named_scope("down"):
+        (y_BTD,), kept_down = forward((both_BTY,), (w_down_FD,), rounded, SWIGLU)
+    return y_BTD, (both_BTY, kept_both, kept_down)
+
+
+def _feed_forward_backward(rounded: Round, kept: tuple[Array, tuple, tuple], dy_BTD: Array):
+    both_BTY, kept_both, kept_down = kept
+    with jax.named_scope("down"):
+        dh_BTF, dw_down_FD = backward(kept_down, (dy_BTD,), rounded)
+    with jax.named_scope("gate_up"):
+        dx_BTD, dw_both_DY = backward(kept_both, (both_BTY, dh_BTF), rounded, SWIGLU_BACKWARD)
+    return dx_BTD, dw_both_DY, dw_down_FD
+
+
+feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
 @functools.cache
 def fp8_products(rounded: Round) -> Products:
     """Of matrices that share what they multiply; `rounded` rounds it, and what comes back."""
-    return Products(functools.partial(forward, rounded=rounded), functools.partial(backward, rounded=rounded))
+    return Products(
+        lambda x, ws: forward((x,), ws, rounded),
+        lambda kept, dy: backward(kept, (dy,), rounded),
+        lambda x, w_both, w_down: feed_forward(x, w_both, w_down, rounded),
+    )

@@ -21,6 +21,8 @@ class Products(NamedTuple):
     """(x [B, T, I], matrices [I, O] in its type) -> (x @ each, what is kept)."""
     backward: Callable[[Any, Array], tuple[Array, Array]]
     """(what was kept, gradients of the results side by side [B, T, Y]) -> those of x and of the matrices side by side [I, Y]."""
+    feed_forward: Callable[[Array, Array, Array], Array] | None = None
+    """(x [B, T, D], gate and up side by side [D, 2F], down [F, D]) -> SwiGLU's feed-forward, or None where its work is apart."""
 
 
 def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...]):

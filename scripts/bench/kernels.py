@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -117,13 +118,41 @@ def feed_forward_case(stream: Any, hidden: int) -> Case:
     )
 
 
+def rounding(way: Callable, work: Any, dtype: Any, scale: Any, *xs: Any) -> Any:
+    """`both_ways` or its reference, of tensors that come last."""
+    return way(work, xs, scale, dtype)
+
+
+def rounding_cases(both: Any) -> Iterator[Case]:
+    """To 8 bits, of gates and ups side by side and of what SwiGLU makes of them."""
+    import jax.numpy as jnp
+
+    from nanojax.ops.fp8_dot import E4M3, E5M2, SWIGLU, SWIGLU_BACKWARD
+    from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
+
+    scale, half = jnp.float32(2**-6), both[..., : both.shape[-1] // 2]
+    for name, work, xs, dtype in (
+        ("", GIVEN, (both,), E4M3),
+        ("", GIVEN, (both,), E5M2),
+        (" of swiglu", SWIGLU, (both,), E4M3),
+        (" of its gradient", SWIGLU_BACKWARD, (both, half), E5M2),
+    ):
+        made = half.size if work is SWIGLU else both.size  # numbers, each written twice
+        yield Case(
+            f"both_ways{name} {list(both.shape)} {dtype.__name__}",
+            functools.partial(rounding, both_ways, work, dtype, scale),
+            functools.partial(rounding, both_ways_reference, work, dtype, scale),
+            xs,
+            sum(x.nbytes for x in xs) + 2 * made,
+            passes="forward",
+        )
+
+
 def cases(config: Config, rows: int) -> Iterator[Case]:
     """At the sizes of a microbatch of one device."""
     import jax
     import jax.numpy as jnp
 
-    from nanojax.ops.fp8_dot import E4M3, E5M2
-    from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
     from nanojax.ops.kernels.cross_entropy import cross_entropy
     from nanojax.ops.kernels.feed_forward import serves
     from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_reference
@@ -154,16 +183,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
         2 * logits.nbytes,
         passes="in place",
     )
-    scale = jnp.float32(2**-6)
-    for dtype in (E4M3, E5M2):
-        yield Case(
-            f"both_ways {list(both.shape)} {dtype.__name__}",
-            lambda x, dtype=dtype: both_ways(x, scale, dtype),
-            lambda x, dtype=dtype: both_ways_reference(x, scale, dtype),
-            (both,),
-            2 * both.nbytes,
-            passes="forward",
-        )
+    yield from rounding_cases(both)
     yield Case(
         f"norm_rope {list(x.shape)}",
         lambda x, gain: norm_rope(x, gain, rope),

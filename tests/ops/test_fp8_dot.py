@@ -12,6 +12,8 @@ import pytest
 
 from nanojax.ops.fp8_dot import E4M3, E5M2, fp8_dot, fp8_products, to_fp8
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+from nanojax.ops.kernels.swiglu import swiglu
+from nanojax.ops.products import multiply
 
 B, T, D, F = 2, 16, 32, 48
 KEY = jax.random.key(0)
@@ -87,6 +89,23 @@ def test_a_kernel_may_round_what_is_multiplied(operands):
         strict=True,
     ):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_feed_forward_is_its_products_and_swiglu_apart():
+    rng = np.random.default_rng(0)
+    x, w_both, w_down = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((B, T, D), (D, 2 * F), (F, D)))
+    products = fp8_products(functools.partial(both_ways, interpret=True))
+    plain = fp8_products(both_ways_reference)
+
+    def apart(x, w_both, w_down):
+        return multiply(swiglu(multiply(x, w_both, plain), True), w_down, plain)
+
+    (y, vjp), (want, want_vjp) = jax.vjp(products.feed_forward, x, w_both, w_down), jax.vjp(apart, x, w_both, w_down)
+    dy = jnp.asarray(rng.standard_normal(y.shape), jnp.bfloat16)
+    for a, b in zip((y, *vjp(dy)), (want, *want_vjp(dy)), strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        assert (a != b).mean() < 0.01  # where bf16 lies between two in 8 bits, a last bit of float32 decides
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=0.02 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])

@@ -72,12 +72,22 @@ def _halves(f: int, columns: int) -> tuple[Any, Any]:
 def _forward(f: int, columns: int, both_ref, h_ref):
     gates, ups = _halves(f, columns)
     gate, up = (both_ref[:, at].astype(jnp.float32) for at in (gates, ups))
-    h_ref[:, gates] = (gate * jax.nn.sigmoid(gate) * up).astype(h_ref.dtype)
+    h_ref[:, gates] = silu_times(gate, up)[0].astype(h_ref.dtype)
 
 
 def _backward(f: int, columns: int, both_ref, dh_ref, d_ref):
     gates, ups = _halves(f, columns)
     gate, up, dh = (ref[:, at].astype(jnp.float32) for ref, at in ((both_ref, gates), (both_ref, ups), (dh_ref, gates)))
+    for at, d in zip((gates, ups), silu_times_backward(gate, up, dh), strict=True):
+        d_ref[:, at] = d.astype(d_ref.dtype)
+
+
+def silu_times(gate: Array, up: Array) -> tuple[Array]:
+    """(silu(gate) * up,) in float32."""
+    return (gate * jax.nn.sigmoid(gate) * up,)
+
+
+def silu_times_backward(gate: Array, up: Array, dh: Array) -> tuple[Array, Array]:
+    """Gradients of gate and up in float32."""
     sigmoid = jax.nn.sigmoid(gate)
-    d_ref[:, gates] = (dh * up * sigmoid * (1 + gate * (1 - sigmoid))).astype(d_ref.dtype)
-    d_ref[:, ups] = (dh * gate * sigmoid).astype(d_ref.dtype)
+    return dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * gate * sigmoid
