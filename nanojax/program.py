@@ -35,8 +35,8 @@ from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
-from nanojax.ops.kernels.feed_forward import serves
 from nanojax.ops.kernels.spread import Spread
+from nanojax.ops.kernels.swiglu_down import serves
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
 from nanojax.ops.xent import total_nats
 from nanojax.optim import Axes, optimizer, schedule
@@ -82,14 +82,13 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups, of whole matrices, or is within its products;
-        the loss takes a whole vocabulary.
-        """
+        """What has kernels where any are used. SwiGLU's follows one product of gates and ups; it and the loss take whole matrices."""
         model, whole = self.config.model, self.mesh.shape["tensor"] == 1
         tokens = self.request.rows * model.seq_len // self.mesh.shape["context"]  # of a device
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
         within = self.hopper and self.precision != "fp8" and serves(tokens, model.width, model.hidden)
-        known = {"norms": True, "rotation": model.qk_norm, "SwiGLU within its products" if within else "SwiGLU": swiglu, "loss": whole}
+        name = "SwiGLU, backward in a product" if within else "SwiGLU"
+        known = {"norms": True, "rotation": model.qk_norm, name: swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
 
     @property

@@ -36,8 +36,8 @@ ATTENTION_PRODUCTS = {
 SLICES = ("dynamic-slice", "slice", "gather")
 OWN_PRODUCTS = "mosaic_gpu"
 """Of ops/kernels/wgmma.py."""
-OWN_MATRICES = {"gate_and_up": 2, "down_backward": 1}
-"""Kernel of ops/kernels/feed_forward.py -> operands [K, N] after the first, [M, K], that it is multiplied with."""
+OWN_NAMES = ("down_backward",)
+"""Their kernels, products of the first operand [M, K] and the second [K, N]."""
 MATMUL_TARGETS = ("__cublas$", "__onednn$matmul", "__cudnn$blockScaledDot")
 
 
@@ -223,9 +223,8 @@ def _flops(instruction: _Instruction, within: Computation) -> float:
         b, t, n, h = dims
         return products * 2 * b * n * h * t * (t + 1) / 2
     if target.startswith(OWN_PRODUCTS):
-        count = sum(n for name, n in OWN_MATRICES.items() if f"/{name}/" in _scope(instruction))
-        matrices = [within[name].shapes[0][1] for name in instruction.operands[1 : 1 + count] if name in within]
-        return sum(2.0 * dims[0] * dims[1] * shape[1] for shape in matrices)
+        known = any(f"/{name}/" in _scope(instruction) for name in OWN_NAMES) and instruction.operands[1] in within
+        return 2.0 * dims[0] * dims[1] * within[instruction.operands[1]].shapes[0][1][1] if known else 0.0
     if instruction.opcode != "dot" and not target.startswith(MATMUL_TARGETS):
         return 0.0
     contracted = re.search(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)', instruction.rest)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
-from nanojax.ops.kernels import feed_forward as fused
+from nanojax.ops.kernels import swiglu_down as fused
 from nanojax.ops.kernels.norm import Stream
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
@@ -125,23 +125,24 @@ def kernels(
             how = How(head_dim, spread, chosen(layers[0]), interpret)
             return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how)
 
-    def within_products(x_BTD, layers):
-        d, f = layers[0].w.get_value().shape
-        plain = side_by_side(layers) and all(chosen(layer) is PLAIN_PRODUCTS for layer in layers)
-        return plain and hopper is not None and fused.serves(x_BTD.size // d // hopper, d, f)
+    def within_product(x_BTD, down):
+        f, d = down.w.get_value().shape
+        return chosen(down) is PLAIN_PRODUCTS and hopper is not None and fused.serves(x_BTD.size // d // hopper, d, f)
 
     def feed(x_BTD, gate, up, down):
-        if within_products(x_BTD, (gate, up, down)):
-            ws = (layer.w.get_value().astype(x_BTD.dtype) for layer in (gate, up, down))
-            return fused.feed_forward(x_BTD, *ws, fused.How(spread))
         if not side_by_side((gate, up)):
             return feed_forward(x_BTD, gate, up, down)
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
-        joint = chosen(gate).feed_forward if side_by_side((down,)) and chosen(down) is chosen(gate) else None
-        if joint is not None:
+        known = side_by_side((down,)) and chosen(down) is chosen(gate)
+        joint = chosen(gate).feed_forward
+        if known and joint is not None:
             return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype))
-        both_BTF = multiply(x_BTD, both_DF, chosen(gate))
-        return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
+        with jax.named_scope("gate_up"):
+            both_BTF = multiply(x_BTD, both_DF, chosen(gate))
+        with jax.named_scope("down"):
+            if known and within_product(x_BTD, down):
+                return fused.swiglu_down(both_BTF, down.w.get_value().astype(x_BTD.dtype), fused.How(spread, interpret))
+            return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
 
     return Elementwise(norm, project_joined, feed, functools.partial(_nats, interpret) if whole else nats_and_gradient)
 

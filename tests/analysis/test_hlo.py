@@ -43,7 +43,6 @@ GPU = """HloModule jit_step
   %mm = (bf16[16,64]{1,0}, s8[4096]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", backend_config={"lhs_contracting_dimensions":["1"]}
   %q = bf16[2,5,4,16]{3,2,1,0} constant({...})
   %sdpa = (bf16[2,4,5,16]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="a/rematted_computation/b"}
-  %both = (bf16[16,128]{1,0}, bf16[16,64]{1,0}) custom-call(%x, %w, %w), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/jit(wrapper)/gate_and_up/mpmd_map"}
   %dw = bf16[32,128]{1,0} constant({...})
   %kept = bf16[32,256]{1,0} constant({...})
   %dy = bf16[32,32]{1,0} constant({...})
@@ -75,14 +74,13 @@ ENTRY %main (a: bf16[8,64,32], b: f32[8,64], c: f32[1,64], n: s32[]) -> f32[64,3
 
 def test_operations_of_a_gpu_program_by_hand():
     ops = {op.name: op for op in read_program(GPU)}
-    assert list(ops) == ["mm", "sdpa", "both", "ended", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
+    assert list(ops) == ["mm", "sdpa", "ended", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
     mm, sdpa, cut = ops["mm"], ops["sdpa"], ops["loop_convert_fusion.1"]
     assert (mm.flops, mm.times, mm.target) == (2 * 16 * 64 * 32, 3, "__cublas$lt$matmul")
     assert mm.bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)  # without its scratch
     assert sdpa.flops == 2 * 2 * 2 * 4 * 16 * (5 * 6 / 2)  # two products of two FLOPs, batch 2, 4 heads of 16, 15 pairs
     assert sdpa.recomputed
     assert not mm.recomputed
-    assert ops["both"].flops == 2 * mm.flops  # two matrices, one input
     assert ops["ended"].flops == 2 * 32 * 128 * 32  # not of what is read at its end, were there as many rows as are summed over
     wrapping = ops["address_computation"]
     assert (wrapping.wrapped, wrapping.target, wrapping.flops, mm.wrapped) == ("inner", mm.target, mm.flops, "")

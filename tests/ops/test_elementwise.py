@@ -13,7 +13,7 @@ from generating import packed
 from nanojax.model import merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
-from nanojax.ops.kernels import feed_forward as fused
+from nanojax.ops.kernels import swiglu_down as fused
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.products import PLAIN_PRODUCTS
 from nanojax.ops.xent import total_nats
@@ -87,14 +87,14 @@ def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
 @pytest.mark.parametrize(
     ("tokens", "devices", "within"), [(128, 1, True), (96, 1, False), (256, 2, True), (128, 2, False), (128, None, False)]
 )
-def test_products_take_the_feed_forward_where_each_device_has_whole_tiles(monkeypatch, tiny_model, tokens, devices, within):
+def test_the_last_product_takes_swiglu_where_each_device_has_whole_tiles(monkeypatch, tiny_model, tokens, devices, within):
     taken = []
 
-    def feed_forward(x_BTD, gate, up, down, how):
+    def swiglu_down(both_BTF, down, how):
         taken.append(how)
-        return fused.feed_forward_reference(x_BTD, gate, up, down)
+        return fused.swiglu_down_reference(both_BTF, down)
 
-    monkeypatch.setattr(fused, "feed_forward", feed_forward)
+    monkeypatch.setattr(fused, "swiglu_down", swiglu_down)
     sizes = dict(d_model=64, d_ffn=128)
     graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, hopper=devices, interpret=True), **sizes)
     plain, _ = tiny_model(**sizes)

@@ -6,6 +6,7 @@ XLA reads everything twice to write the gradients side by side. N tokens, F feed
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -87,7 +88,7 @@ def silu_times(gate: Array, up: Array) -> tuple[Array]:
     return (gate * jax.nn.sigmoid(gate) * up,)
 
 
-def silu_times_backward(gate: Array, up: Array, dh: Array) -> tuple[Array, Array]:
+def silu_times_backward(gate: Array, up: Array, dh: Array, logistic: Callable = jax.nn.sigmoid) -> tuple[Array, Array]:
     """Gradients of gate and up in float32."""
-    sigmoid = jax.nn.sigmoid(gate)
+    sigmoid = logistic(gate)
     return dh * up * sigmoid * (1 + gate * (1 - sigmoid)), dh * gate * sigmoid

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 # What else was tried is in scripts/bench/LOG.md.
-ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, those of all matrices together, and of what is summed over at once
+ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, and of what is summed over at once
 SQUARE = 64  # the part of a tile that is ended at once, rows and columns
 TOGETHER = 8  # tiles one below the other before the next columns
 PROCESSORS = 132  # of an H100 SXM and an H200; where there are fewer, some take their tiles after others
@@ -30,27 +30,25 @@ class Product(NamedTuple):
 
     name: str
     end: Callable[..., Sequence[Array]]
-    """(products, then inputs, float32) -> results, all squares at the same place."""
+    """(the product, then inputs, float32) -> results, all squares at the same place."""
     inputs: tuple[int, ...]
     """Of the one array that `end` reads: columns at which each starts."""
-    results: tuple[tuple[int, int], ...]
-    """(array, columns at which it starts) of each."""
-    widths: tuple[int, ...]
-    """Columns of each array made."""
+    results: tuple[int, ...]
+    """Of the one array that is made: columns at which each starts."""
     stages: int
     """Depths that are fetched ahead."""
     slots: int
-    """Squares of a warpgroup that are on their way in or out; two at least where there are inputs."""
+    """Squares of a warpgroup that are on their way in or out, two at least."""
 
 
 class Arrays(NamedTuple):
     """In the device's memory."""
 
     a: Any
-    bs: tuple[Any, ...]
+    b: Any
     read: Any
-    """What `end` reads, or None."""
-    made: tuple[Any, ...]
+    """What `end` reads."""
+    made: Any
 
 
 class Shared(NamedTuple):
@@ -66,46 +64,42 @@ class Shared(NamedTuple):
     loaded: Any
 
 
-def fits(m: int, k: int, n: int, matrices: int = 1) -> bool:
-    """Whether a product [M, K] @ [K, N] with so many matrices is one of whole tiles."""
-    return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % (COLUMNS // matrices) == 0
+def fits(m: int, k: int, n: int) -> bool:
+    """Whether a product [M, K] @ [K, N] is one of whole tiles."""
+    return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % COLUMNS == 0
 
 
-def multiply_reference(
-    product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None
-) -> list[Array]:
+def multiply_reference(product: Product, a_MK: Array, b_KN: Array, read: Array, interpret: Any = None) -> Array:
     """`multiply` written out, of any size, `end` and all in the type of a."""
     del interpret
-    n = bs_KN[0].shape[1]
-    inputs = [read[:, start : start + n] for start in product.inputs] if read is not None else []
-    made = [jnp.zeros((len(a_MK), width), a_MK.dtype) for width in product.widths]
-    for (array, start), result in zip(product.results, product.end(*(a_MK @ b_KN for b_KN in bs_KN), *inputs), strict=True):
-        made[array] = made[array].at[:, start : start + n].set(result)
+    n = b_KN.shape[1]
+    results = product.end(a_MK @ b_KN, *(read[:, start : start + n] for start in product.inputs))
+    made = jnp.zeros((len(a_MK), n * len(product.results)), a_MK.dtype)
+    for start, result in zip(product.results, results, strict=True):
+        made = made.at[:, start : start + n].set(result)
     return made
 
 
-def multiply(product: Product, a_MK: Array, bs_KN: Sequence[Array], read: Array | None = None, interpret: Any = None) -> list[Array]:
-    """end(a @ b for each b, inputs in `read`), in bfloat16 as all that is given, summed in float32.
+def multiply(product: Product, a_MK: Array, b_KN: Array, read: Array, interpret: Any = None) -> Array:
+    """end(a @ b, inputs in `read`), results side by side, in bfloat16 as all that is given, summed in float32.
 
     `interpret`: Mosaic GPU's own parameters, for other devices. Raises ValueError on what is not whole tiles, or of another type.
     """
-    (m, k), n = a_MK.shape, bs_KN[0].shape[1]
-    if not fits(m, k, n, len(bs_KN)) or a_MK.dtype != jnp.bfloat16:
+    (m, k), n = a_MK.shape, b_KN.shape[1]
+    if not fits(m, k, n) or a_MK.dtype != jnp.bfloat16:
         raise ValueError(
-            f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS // len(bs_KN)}, "
-            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; feed_forward.serves tells"
+            f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS}, "
+            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; swiglu_down.serves tells"
         )
-    shapes = [jax.ShapeDtypeStruct((m, width), a_MK.dtype) for width in product.widths]
-    arrays = [a_MK, *bs_KN, *([] if read is None else [read])]
-    tiles = m // ROWS * (n * len(bs_KN) // COLUMNS)
-    return list(_jitted(product, len(bs_KN), tuple(shapes), min(PROCESSORS, tiles), interpret)(*arrays))
+    made = jax.ShapeDtypeStruct((m, n * len(product.results)), a_MK.dtype)
+    return _jitted(product, made, min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(a_MK, b_KN, read)
 
 
 @functools.cache
-def _jitted(product: Product, matrices: int, shapes: tuple[Any, ...], processors: int, interpret: Any) -> Callable:
+def _jitted(product: Product, made: Any, processors: int, interpret: Any) -> Callable:
     run = plgpu.kernel(
-        functools.partial(_kernel, product, matrices),
-        out_type=shapes,
+        functools.partial(_kernel, product),
+        out_type=made,
         grid=(processors,),
         grid_names=("processor",),
         num_threads=3,
@@ -123,29 +117,27 @@ def _square_memory(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def _kernel(product: Product, matrices: int, a_ref, *refs):
-    made = refs[-len(product.widths) :]
-    arrays = Arrays(a_ref, refs[:matrices], refs[matrices] if product.inputs else None, made)
+def _kernel(product: Product, *refs):
+    arrays = Arrays(*refs)
     shared = Shared(
         a=_square_memory(product.stages, ROWS, DEPTH),
-        b=_square_memory(matrices, product.stages, DEPTH, COLUMNS // matrices),
+        b=_square_memory(product.stages, DEPTH, COLUMNS),
         squares=_square_memory(2, product.slots, max(len(product.inputs), len(product.results)), SQUARE, SQUARE),
-        fetched=plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=2 * product.stages),
+        fetched=plgpu.Barrier(num_arrivals=2, num_barriers=2 * product.stages),
         used=plgpu.Barrier(num_arrivals=1, num_barriers=product.stages),
-        loaded=plgpu.Barrier(num_arrivals=max(1, len(product.inputs)), num_barriers=2 * product.slots),
+        loaded=plgpu.Barrier(num_arrivals=len(product.inputs), num_barriers=2 * product.slots),
     )
     pl.run_scoped(lambda *scratch: _run(product, arrays, Shared(*scratch)), *shared, collective_axes="warpgroup")
 
 
 def _run(product: Product, arrays: Arrays, shared: Shared) -> None:
-    mine, columns = lax.axis_index("warpgroup"), COLUMNS // len(arrays.bs)
-    tiles = arrays.a.shape[0] // ROWS, arrays.bs[0].shape[1] // columns
-    depths = arrays.a.shape[1] // DEPTH
+    mine, depths = lax.axis_index("warpgroup"), arrays.a.shape[1] // DEPTH
+    tiles = arrays.a.shape[0] // ROWS, arrays.b.shape[1] // COLUMNS
     each_tile = plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="processor")
 
     def place(info) -> tuple[Any, Any]:
         row, column = plgpu.planar_snake(info.index[0], tiles, 0, TOGETHER)
-        return row * ROWS, column * columns
+        return row * ROWS, column * COLUMNS
 
     @pl.when(mine == 2)
     def _():
@@ -183,11 +175,10 @@ def _fetch(arrays: Arrays, shared: Shared, place: tuple[Any, Any], turn, start) 
         arrived = shared.fetched.at[turn * stages + stage]
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.used.at[stage]))
         plgpu.copy_gmem_to_smem(arrays.a.at[pl.ds(row, ROWS), at], shared.a.at[stage], arrived)
-        for i, b in enumerate(arrays.bs):
-            plgpu.copy_gmem_to_smem(b.at[at, pl.ds(column, COLUMNS // len(arrays.bs))], shared.b.at[i, stage], arrived)
+        plgpu.copy_gmem_to_smem(arrays.b.at[at, pl.ds(column, COLUMNS)], shared.b.at[stage], arrived)
 
 
-def _sum(shared: Shared, mine, start, depths: int, accumulators: Sequence[Any]) -> None:
+def _sum(shared: Shared, mine, start, depths: int, accumulator: Any) -> None:
     """Multiply a tile through all depths, which come by the ring from step `start` on."""
     stages = shared.a.shape[0]
 
@@ -195,9 +186,8 @@ def _sum(shared: Shared, mine, start, depths: int, accumulators: Sequence[Any]) 
     def _(depth):
         stage = lax.rem(start + depth, stages)
         plgpu.barrier_wait(shared.fetched.at[mine * stages + stage])
-        for i, accumulator in enumerate(accumulators):
-            plgpu.wgmma(accumulator, shared.a.at[stage], shared.b.at[i, stage])
-        plgpu.wgmma_wait(len(accumulators))  # those of the depth before have ended
+        plgpu.wgmma(accumulator, shared.a.at[stage], shared.b.at[stage])
+        plgpu.wgmma_wait(1)  # that of the depth before has ended
         pl.when(depth > 0)(lambda: plgpu.barrier_arrive(shared.used.at[lax.rem(start + depth + stages - 1, stages)]))
 
     plgpu.wgmma_wait(0)
@@ -206,8 +196,8 @@ def _sum(shared: Shared, mine, start, depths: int, accumulators: Sequence[Any]) 
 
 def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[Any, Any], multiplied: Callable) -> None:
     """One tile: multiply, and end it square by square, whose inputs are on their way meanwhile."""
-    (row, column), matrices = place, len(arrays.bs)
-    squares = [(r, c) for r in range(0, ROWS, SQUARE) for c in range(0, COLUMNS // matrices, SQUARE)]
+    row, column = place
+    squares = [(r, c) for r in range(0, ROWS, SQUARE) for c in range(0, COLUMNS, SQUARE)]
 
     def at(square: int, start: int) -> tuple[Any, Any]:
         r, c = squares[square]
@@ -222,28 +212,25 @@ def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[A
         for i, start in enumerate(product.inputs):
             plgpu.copy_gmem_to_smem(arrays.read.at[at(square, start)], memory.at[i], loaded)
 
-    def scope(*accumulators):
+    def scope(accumulator):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent in the turn before
-        for square in range(min(product.slots, len(squares)) if product.inputs else 0):
+        for square in range(min(product.slots, len(squares))):
             load(square)
-        multiplied(accumulators)
-        values = [accumulator[...] for accumulator in accumulators]
+        multiplied(accumulator)
+        value = accumulator[...]
         for square, (r, c) in enumerate(squares):
             memory, loaded = slot(square)
-            if product.inputs:
-                plgpu.barrier_wait(loaded)
-            elif square >= product.slots:
-                plgpu.wait_smem_to_gmem(product.slots - 1, wait_read_only=True)
+            plgpu.barrier_wait(loaded)
             inputs = [memory[i].astype(jnp.float32) for i in range(len(product.inputs))]
-            results = product.end(*(value[r : r + SQUARE, c : c + SQUARE] for value in values), *inputs)
+            results = product.end(value[r : r + SQUARE, c : c + SQUARE], *inputs)
             for i, result in enumerate(results):
                 memory[i] = result.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for i, (array, start) in enumerate(product.results):
+            for i, start in enumerate(product.results):
                 last = i == len(product.results) - 1
-                plgpu.copy_smem_to_gmem(memory.at[i], arrays.made[array].at[at(square, start)], commit_group=last)
-            if product.inputs and square > 0 and square - 1 + product.slots < len(squares):
+                plgpu.copy_smem_to_gmem(memory.at[i], arrays.made.at[at(square, start)], commit_group=last)
+            if square > 0 and square - 1 + product.slots < len(squares):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 load(square - 1 + product.slots)
 
-    pl.run_scoped(scope, *(plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS // matrices), jnp.float32) for _ in range(matrices)))
+    pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32))

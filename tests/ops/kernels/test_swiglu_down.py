@@ -1,4 +1,4 @@
-"""The feed-forward whose products do its elementwise work, against the function written out, gradients too."""
+"""SwiGLU and the last product, whose way back is one kernel, against the function written out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ import pytest
 # Public from jax 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-from nanojax.analysis.hlo import OWN_MATRICES
+from nanojax.analysis.hlo import OWN_NAMES
 from nanojax.mesh import make_mesh, sharded
 from nanojax.ops.kernels import wgmma
-from nanojax.ops.kernels.feed_forward import How, feed_forward, feed_forward_reference, serves
+from nanojax.ops.kernels.swiglu_down import How, serves, swiglu_down, swiglu_down_reference
 
-# bf16 inputs and results; gates, ups and their gradients are rounded to it in between
-ERROR = 0.01
+ERROR = 0.01  # bf16 inputs and results
 
 
 def results(f, rows, t, d, hidden, dtype):
@@ -28,13 +27,7 @@ def results(f, rows, t, d, hidden, dtype):
     def normal(*shape, scale=1.0):
         return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16).astype(dtype)
 
-    arguments = (
-        normal(rows, t, d),
-        normal(d, hidden, scale=d**-0.5),
-        normal(d, hidden, scale=d**-0.5),
-        normal(hidden, d, scale=hidden**-0.5),
-    )
-    y, vjp = jax.vjp(f, *arguments)
+    y, vjp = jax.vjp(f, normal(rows, t, 2 * hidden), normal(hidden, d, scale=hidden**-0.5))
     return y, *vjp(normal(*y.shape))
 
 
@@ -53,37 +46,38 @@ def assert_alike(got, want):
         pytest.param(5, (1, 256, 128, 256), marks=pytest.mark.slow),
     ],
 )
-def test_it_is_a_swiglu_feed_forward_and_backward(monkeypatch, processors, sizes):
+def test_it_is_swiglu_and_a_product_forward_and_backward(monkeypatch, processors, sizes):
     """Interpreted, which also checks that no barrier is left waiting or unobserved."""
     monkeypatch.setattr(wgmma, "PROCESSORS", processors)
-    interpreted = functools.partial(feed_forward, how=How(interpret=InterpretGPUParams()))
-    assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(feed_forward_reference, *sizes, jnp.float32))
+    interpreted = functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams()))
+    assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(swiglu_down_reference, *sizes, jnp.float32))
 
 
 def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
-    """By its products written out: which part goes where, on a mesh of one device."""
+    """By its product written out: which part goes where, on a mesh of one device."""
     monkeypatch.setattr(wgmma, "multiply", wgmma.multiply_reference)
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     sizes = (3, 5, 8, 12)
-    got = results(functools.partial(feed_forward, how=How(functools.partial(sharded, mesh=mesh))), *sizes, jnp.float32)
-    for a, b in zip(got, results(feed_forward_reference, *sizes, jnp.float32), strict=True):
+    how = How(functools.partial(sharded, mesh=mesh), True)
+    got = results(functools.partial(swiglu_down, how=how), *sizes, jnp.float32)
+    for a, b in zip(got, results(swiglu_down_reference, *sizes, jnp.float32), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
 def test_its_kernels_are_those_whose_flops_are_counted(monkeypatch):
-    taken = {}
+    taken = []
 
-    def multiply(product, a_MK, bs_KN, read=None, interpret=None):
-        taken[product.name] = len(bs_KN)
-        return wgmma.multiply_reference(product, a_MK, bs_KN, read, interpret)
+    def multiply(product, *arguments):
+        taken.append(product.name)
+        return wgmma.multiply_reference(product, *arguments)
 
     monkeypatch.setattr(wgmma, "multiply", multiply)
-    results(feed_forward, 1, 2, 4, 6, jnp.float32)
-    assert taken == OWN_MATRICES
+    results(functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams())), 1, 2, 4, 6, jnp.float32)
+    assert tuple(taken) == OWN_NAMES
 
 
 def test_whole_tiles_are_served():
-    """128 tokens, 64 of the model, and 128 of the feed-forward, of which the product of two matrices takes 64 each."""
+    """128 tokens, 64 of the model, and 128 of the feed-forward."""
     assert serves(128, 64, 128)
     assert serves(65536, 768, 2048)
     assert not serves(0, 64, 128)
@@ -94,14 +88,15 @@ def test_whole_tiles_are_served():
 
 @pytest.mark.parametrize(("shape", "dtype"), [((64, 64), jnp.bfloat16), ((128, 96), jnp.bfloat16), ((128, 64), jnp.float32)])
 def test_what_is_not_whole_tiles_of_bfloat16_is_refused(shape, dtype):
-    x, w = jnp.zeros((1, *shape), dtype), jnp.zeros((shape[1], 128), dtype)
-    with pytest.raises(ValueError, match=f"tiles of 128 x 64 by 64 x 64, given .*{shape[0]}, {shape[1]}"):
-        feed_forward(x, w, w, w.T)
+    dy, both, w_down = jnp.zeros((1, *shape), dtype), jnp.zeros((1, shape[0], 256), dtype), jnp.zeros((128, shape[1]), dtype)
+    back = jax.vjp(functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams())), both, w_down)[1]
+    with pytest.raises(ValueError, match=f"tiles of 128 x 64 by 64 x 128, given .*{shape[0]}, {shape[1]}"):
+        back(dy)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(3, 128, 64, 128), (5, 384, 192, 640), (2, 2048, 1280, 3584), (16, 2048, 768, 2048)])
-def test_the_compiled_feed_forward_agrees_on_a_gpu(sizes):
+def test_the_compiled_kernel_agrees_on_a_gpu(sizes):
     """Fewer tiles than processors, and many more; numbers of depths that are no multiple of those fetched ahead."""
-    got = jax.jit(lambda: results(feed_forward, *sizes, jnp.bfloat16))()
-    assert_alike(got, jax.jit(lambda: results(feed_forward_reference, *sizes, jnp.float32))())
+    got = jax.jit(lambda: results(swiglu_down, *sizes, jnp.bfloat16))()
+    assert_alike(got, jax.jit(lambda: results(swiglu_down_reference, *sizes, jnp.float32))())
