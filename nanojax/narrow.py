@@ -53,6 +53,15 @@ def check_blocks(model: Any, c: Any) -> None:
             raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")
 
 
+def require_devices_of(precision: str, request: Any, device: str) -> None:
+    """Raise UserError where devices, as an attention's request tells of them, cannot train in this precision."""
+    if precision == "fp8" and (request.platform != "gpu" or float(request.capability or 9) < 9):
+        raise UserError(
+            f"precision=fp8 is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
+            "choose --precision bf16"
+        )
+
+
 def check_fp8(model: Any, c: Any) -> None:
     """Of a ModelConfig and a TrainConfig in fp8: raise UserError on activations in fp32, and on sizes that 8-bit products lack."""
     if c.compute_dtype == "fp32":

@@ -25,6 +25,7 @@ from nanojax.config import Config, TrainConfig
 from nanojax.data.shards import storing
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
+from nanojax.narrow import require_devices_of
 from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
@@ -150,12 +151,7 @@ class Program(Site):
 
     def require_trainable(self) -> None:
         """Raise UserError on devices that the precision cannot be trained on."""
-        if self.precision == "fp8" and (self.platform != "gpu" or float(self.request.capability or 9) < 9):
-            device = self.mesh.devices.flat[0].device_kind
-            raise UserError(
-                f"precision=fp8 is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
-                "choose --precision bf16"
-            )
+        require_devices_of(self.precision, self.request, self.mesh.devices.flat[0].device_kind)
 
     def compile_step(self, step: int = 1) -> jax.stages.Compiled:
         """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.
@@ -233,15 +229,17 @@ def choose_site(config: Config, devices: list[jax.Device] | None) -> Site:
     return Site(config, mesh, attention, why, request, refused, compute, precision, rows, accumulation)
 
 
-def require_attention(config: Config) -> None:
-    """Raise UserError where these devices do not have the attention that the config names, before its data is prepared.
+def require_devices(config: Config) -> None:
+    """Raise UserError where these devices do not have the attention or the precision that the config names, before data is prepared.
 
     The vocabulary is not known yet, nor how many rows a device takes, which may follow from it: `choose_site` asks once more.
     """
     mesh = meshes.make_mesh(parse_mesh(config.train.mesh))
     meshes.check_divisible(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=mesh.shape["tensor"])), mesh)
+    request = request_of(config, mesh, rows=1)
     with attention_told():
-        resolve(config.train.attn_impl, request_of(config, mesh, rows=1))
+        resolve(config.train.attn_impl, request)
+    require_devices_of(config.train.precision, request, mesh.devices.flat[0].device_kind)
 
 
 def request_of(config: Config, mesh: Mesh, rows: int) -> Request:

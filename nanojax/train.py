@@ -103,10 +103,11 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
     peers = interrupts.peers
     with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
         # What devices may lack is said before minutes of tokenising, not after.
-        if command.config.train.attn_impl != "auto" or command.config.train.mesh:
-            from nanojax.program import require_attention
+        asked = command.config.train
+        if asked.attn_impl != "auto" or asked.mesh or asked.precision == "fp8":
+            from nanojax.program import require_devices
 
-            require_attention(command.config)
+            require_devices(command.config)
         with interrupts.waiting():
             data = peers.first_goes(lambda: prepare(command.config.data, command.config.model.vocab_size, peers.say))
         folder.require_seen()
