@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("this compares with a PyTorch program; name it by --reference, or compare our own by precisions.py")
     names = [TORCH, *bench.precisions]
     with contextlib.ExitStack() as stack:
-        sides = {name: stack.enter_context(child(argv, name)) for name in names}
+        sides = {name: stack.enter_context(child(argv, name, len(names))) for name in names}
         facts = {name: heard(side, name) for name, side in sides.items()}
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(bench.rounds):
@@ -87,10 +88,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def child(argv: Sequence[str], name: str) -> Iterator[subprocess.Popen]:
-    """This program as one side."""
+def child(argv: Sequence[str], name: str, sides: int) -> Iterator[subprocess.Popen]:
+    """This program as one of so many sides, which share the GPU's memory. What the environment says of that goes first."""
     command = [sys.executable, __file__, *argv, "--side", name]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    memory = {"XLA_CLIENT_MEM_FRACTION": f"{0.98 / sides:.2f}", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=memory | os.environ) as process:
         try:
             yield process
         finally:
