@@ -121,8 +121,8 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
         if not command.resume and config.train.init_from is not None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = first_step(folder, command, peers)
-        if command.profile is not None and first <= config.steps and not first <= parse_window(command.profile)[0] <= config.steps:
-            raise UserError(f"--profile must begin at a step from {first} to {config.steps}, given {command.profile}; try {first}:{first}")
+        if command.profile is not None and first <= config.steps:
+            require_window(command.profile, first, config.steps)
         train(config, command, folder, data, interrupts, faults, started)
 
 
@@ -137,6 +137,12 @@ def derived(config: Config) -> Config:
     from nanojax.tokenizer import Tokenizer
 
     return resolve(config, Tokenizer.load(config.data.tokenizer).n_vocab)
+
+
+def require_window(profile: str, first: int, last: int) -> None:
+    """Raise UserError where steps to trace begin outside of those that a run has left."""
+    if not first <= parse_window(profile)[0] <= last:
+        raise UserError(f"--profile must begin at a step from {first} to {last}, given {profile}; try {first}:{first}")
 
 
 def first_step(folder: RunFolder, command: TrainCommand, peers: Peers) -> int:
@@ -164,8 +170,8 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         config = saved_config(Path(out))  # before anything is parsed: flags are checked beside the fields that they go with
     command = parse(TrainCommand, rest, default=TrainCommand(config=config), **words)
     check_types(command)
-    if command.profile is not None:
-        parse_window(command.profile)
+    if command.profile is not None:  # where a run that goes on begins is known later, and where it ends if the corpus says
+        require_window(command.profile, 1, command.config.train.steps or parse_window(command.profile)[0])
     if command.peak_tflops is not None:
         require_positive("peak_tflops", command.peak_tflops)
     warmup, steps = command.config.optim.warmup_steps, command.config.train.steps

@@ -370,7 +370,12 @@ def test_evaluating_a_run_gives_the_summarys_figure(straight, capsys):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"), [("--attn-impl te", "attn_impl=te: te "), ("--mesh context=64", "context=64 makes 64, there (is|are) 1")]
+    ("flags", "words"),
+    [
+        ("--attn-impl te", "attn_impl=te: te "),
+        ("--mesh context=64", "context=64 makes 64, there (is|are) 1"),
+        ("--compute-dtype bf16 --precision fp8", "precision=fp8 is trained on NVIDIA GPUs .*; choose --precision bf16"),
+    ],
 )
 def test_what_the_devices_lack_is_refused_before_the_data_is_prepared(presets, tmp_path, flags, words):
     with pytest.raises(UserError, match=words):
