@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import XLA_FLAGS
 
 CHECKED = importlib.util.find_spec("beartype") is not None
 if CHECKED:  # here, before anything imports the ops; jaxtyping's flag in addopts would demand beartype, which GPU hosts may lack
@@ -25,12 +27,10 @@ if importlib.util.find_spec("hypothesis"):
     hypothesis.settings.load_profile("nanojax")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
-    # Programs here run once. Without LLVM's optimisations and XLA's CPU fusion emitters they compile in a fifth of the time.
     # XLA reads its flags once, so they are taken back at once: what tests start in a subprocess compiles as it does for a user.
     jax.config.update("jax_disable_most_optimizations", True)
     flags = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__ < (0, 11):  # jaxlib 0.11.2 knows this flag no more, and ends the process on one that it does not know
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {XLA_FLAGS}"
     jax.devices()
     os.environ["XLA_FLAGS"] = flags
 
@@ -39,6 +39,12 @@ GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/ with what the tests see now; read the diff")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: jax traces into so many objects that looking through them all takes a twentieth of the time."""
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
 
 
 def pytest_report_header() -> str:

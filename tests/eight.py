@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from quick import QUICK
+
 
 def measured(file: str, cache: Path, *words: str) -> dict:
     """What `answer` printed in `file` run as a script, and what came to its stderr. `words` are what its `measure` takes."""
-    # Without LLVM's optimisations programs compile in half the time.
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    done = subprocess.run([sys.executable, file, str(cache), *words], env=env, capture_output=True, text=True, timeout=600, check=False)
+    argv = [sys.executable, file, str(cache), *words]
+    done = subprocess.run(argv, env=os.environ | QUICK, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
 

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from checkpointing import META, bits, flip, layout, sealed, small_state, two  # noqa: F401  # the last: a fixture
 from jax.sharding import SingleDeviceSharding
+from quick import QUICK
 
 from nanojax import checkpoint, manifest
 from nanojax.checkpoint import Checkpoints, state_sha256, storage
@@ -87,9 +88,8 @@ def reshape(folder: str) -> dict:
 
 @pytest.fixture(scope="module")
 def reshaped(tmp_path_factory):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # LLVM's: compiles in half the time
     argv = [sys.executable, __file__, str(tmp_path_factory.mktemp("reshaped"))]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=270, check=False)
+    done = subprocess.run(argv, env=os.environ | QUICK, capture_output=True, text=True, timeout=270, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from quick import QUICK
 from training import Run, config, data, presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax import train as train_module
@@ -44,19 +47,33 @@ PROMISED = set(
 # Stopped and continued ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(presets, start, straight, config, data, tmp_path, capsys):
-    first = tmp_path / "run"
-    with pytest.raises(SystemExit) as stop:
-        run_main(train_module.main, [presets["modern"], "--out", str(first), "--stop-after", str(CUT)])
-    assert stop.value.code == 75
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nanojax")]
-    assert said == [f"nanojax: interrupted: stopped as --stop-after {CUT} asks, step {CUT} saved; go on with the same command and --resume"]
-    assert not (first / "summary.json").exists()
-    before = Run(RunFolder(first), []).records
+@pytest.fixture(scope="module")
+def stopped(presets, tmp_path_factory) -> tuple[Path, int | str | None, str]:
+    """(a run that was stopped after CUT steps, its exit code, what it said). Not to be changed: see `copied`."""
+    folder, said = tmp_path_factory.mktemp("stopped") / "run", io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stderr(said):
+        run_main(train_module.main, [presets["modern"], "--out", str(folder), "--stop-after", str(CUT)])
+    return folder, stop.value.code, said.getvalue()
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """copied(folder): a copy of a run's folder."""
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "run"))
+
+
+def test_a_run_that_is_stopped_and_resumed_is_the_run_that_was_not(presets, start, straight, config, data, stopped, copied):
+    folder, code, said = stopped
+    assert code == 75
+    assert [line for line in said.splitlines() if line.startswith("nanojax")] == [
+        f"nanojax: interrupted: stopped as --stop-after {CUT} asks, step {CUT} saved; go on with the same command and --resume"
+    ]
+    assert not (folder / "summary.json").exists()
+    before = Run(RunFolder(folder), []).records
     assert [r["step"] for r in before if "loss" in r] == list(range(1, CUT + 1))
 
     # As the message says: the same command, --stop-after included, and --resume.
-    second = start(presets["modern"], "--stop-after", str(CUT), "--resume", out=first)
+    second = start(presets["modern"], "--stop-after", str(CUT), "--resume", out=copied(folder))
     assert second.batches == straight.batches[CUT:]
     assert len(straight.batches) == STEPS
     assert second.records == straight.records  # losses, norms, rates and validations of every step, as bits
@@ -92,12 +109,10 @@ def terminate(*_) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_saves_and_the_saved_config_is_enough_to_go_on(presets, start, straight, tmp_path):
-    """--resume without a preset, at a step that no cadence would have saved."""
+def test_sigterm_saves_a_step_that_no_cadence_would_have_saved(presets, start, tmp_path):
     out = tmp_path / "run"
-    start(presets["modern"], out=out, expect=Interrupted, at=(16, terminate))
-    assert Checkpoints(out / "checkpoints").latest == 16
-    assert start(None, "--resume", out=out).summary["state_sha256"] == straight.summary["state_sha256"]
+    start(presets["modern"], out=out, expect=Interrupted, at=(6, terminate))
+    assert Checkpoints(out / "checkpoints").latest == 6
 
 
 @pytest.mark.parametrize(
@@ -121,9 +136,8 @@ def test_sigterm_in_another_phase_saves_the_step_that_the_run_is_at(presets, sta
     assert Checkpoints(out / "checkpoints").latest == step
 
 
-def test_a_damaged_checkpoint_costs_a_run_what_came_after_the_one_before_it_and_no_more(presets, start, straight, tmp_path, capsys):
-    out = tmp_path / "run"
-    start(presets["modern"], "--stop-after", "25", out=out, expect=Interrupted)
+def test_a_damaged_checkpoint_costs_a_run_what_came_after_the_one_before_it_and_no_more(presets, start, straight, stopped, copied, capsys):
+    out = copied(stopped[0])
     file = next((out / "checkpoints/25/rest").rglob("d/*"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 4
@@ -148,14 +162,14 @@ run_main(main, sys.argv[1:])
 """
 
 
-def test_ctrl_c_saves_exits_75_and_says_how_to_go_on(presets, start, straight, tmp_path):
-    """The real thing: a process of its own, its steps slowed so that the signal comes in their midst."""
+def test_ctrl_c_saves_exits_75_and_says_how_to_go_on_and_the_saved_config_is_enough_to(presets, start, straight, tmp_path):
+    """The real thing: a process of its own, its steps slowed so that the signal comes in their midst. It goes on without a preset.
+
+    Both compile as conftest.py has it: other options, other last bits.
+    """
     out = tmp_path / "run"
-    # Compiled as conftest.py has it for this process: other options, other last bits.
-    emitters = "--xla_cpu_use_fusion_emitters=false" if jax.__version_info__ < (0, 11) else ""
-    same = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": emitters}
     argv = [sys.executable, "-c", SLOW_STEPS, presets["modern"], "--out", str(out)]
-    with subprocess.Popen(argv, env=os.environ | same, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(argv, env=os.environ | QUICK, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         metrics = out / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and '"loss"' in metrics.read_text()):
@@ -168,7 +182,7 @@ def test_ctrl_c_saves_exits_75_and_says_how_to_go_on(presets, start, straight, t
     match = re.fullmatch(r"nanojax: interrupted: stopped on SIGINT, step (\d+) saved; go on with the same command and --resume", last)
     assert match, said
     assert 1 <= int(match[1]) < STEPS
-    resumed = start(presets["modern"], "--resume", out=out)
+    resumed = start(None, "--resume", out=out)
     assert resumed.summary["state_sha256"] == straight.summary["state_sha256"]
     assert resumed.records == straight.records
 
@@ -188,10 +202,9 @@ def test_a_run_whose_vocabulary_was_padded_goes_on_from_its_saved_config(presets
     run.check_resume(resolve(command.config, again.tokenizer.n_vocab), again)
 
 
-def test_a_summary_that_was_lost_is_written_again(start, straight, tmp_path):
+def test_a_summary_that_was_lost_is_written_again(start, straight, copied):
     """The last step was saved, and the process ended before the summary."""
-    out = tmp_path / "run"
-    subprocess.run(["cp", "-r", str(straight.folder.path), str(out)], check=True)
+    out = copied(straight.folder.path)
     (out / "summary.json").unlink()
     again = start(None, "--resume", out=out)
     assert again.batches == []
@@ -200,9 +213,8 @@ def test_a_summary_that_was_lost_is_written_again(start, straight, tmp_path):
     assert again.summary["train_loss"] == straight.summary["train_loss"]
 
 
-def test_a_run_whose_last_checkpoint_was_damaged_is_not_complete(start, straight, tmp_path):
-    out = tmp_path / "run"
-    subprocess.run(["cp", "-r", str(straight.folder.path), str(out)], check=True)
+def test_a_run_whose_last_checkpoint_was_damaged_is_not_complete(start, straight, copied):
+    out = copied(straight.folder.path)
     largest = max((path for path in (out / "checkpoints/40").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
@@ -352,10 +364,9 @@ def test_the_config_is_printed_and_nothing_runs(presets, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_another_tokenizer_and_a_window_that_is_past_are_refused(presets, start, tmp_path):
-    out = tmp_path / "run"
-    start(presets["modern"], "--stop-after", "3", out=out, expect=Interrupted)
-    with pytest.raises(UserError, match=r"--profile must begin at a step from 4 to 40, given .*; try 4:4"):
+def test_a_checkpoint_of_another_tokenizer_and_a_window_that_is_past_are_refused(presets, stopped):
+    out = stopped[0]
+    with pytest.raises(UserError, match=r"--profile must begin at a step from 26 to 40, given .*; try 26:26"):
         train_module.main([presets["modern"], "--out", str(out), "--resume", "--profile", "2:3"])
     data = prepare(load_preset(presets["modern"]).data, 512, lambda _: None)
     with pytest.raises(UserError, match=r"newest checkpoint .* has the tokenizer other"):

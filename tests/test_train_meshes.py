@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quick import QUICK
 from training import presets  # noqa: F401  # a fixture
 
 STEPS = 40
@@ -69,11 +70,12 @@ class Leg:
 
 
 def leg(preset: str, out: Path, devices: int, mesh: str, end: int, *flags: str) -> Leg:
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     # One row a device and microbatch, as many as data and fsdp divide.
     argv = [str(devices), preset, "--out", str(out), "--mesh", mesh, "--micro-batch", "1", *flags]
     argv += [] if end == STEPS else ["--stop-after", str(end)]
-    done = subprocess.run([sys.executable, "-c", LEG, *argv], env=env, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", LEG, *argv], env=os.environ | QUICK, capture_output=True, text=True, timeout=600, check=False
+    )
     assert done.returncode == (0 if end == STEPS else 75), done.stderr[-3000:]
     words = [line.split(" ", 3) for line in done.stdout.splitlines()]
     (began,) = ((w[1], w[2]) for w in words if w[0] == "BEGAN")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import random
@@ -53,15 +54,14 @@ class Run:
         return [{name: value for name, value in json.loads(line).items() if name not in TIMING} for line in lines]
 
 
-@pytest.fixture(scope="module")
-def presets(tmp_path_factory, cache_dir) -> dict[str, str]:
+@functools.cache
+def make_presets(folder: Path, cache: Path) -> dict[str, str]:
     """Paths of the presets 'modern' and 'nanochat' over one corpus: four documents longer than any step, and many short ones."""
-    folder = tmp_path_factory.mktemp("train")
     rng = random.Random(7)
     syllables = ["ba", "ko", "ri", "tun", "mel", "sa", "vo", "di", "qua", "ne", "pil", "zor"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(200)]
     frequency = [1 / (rank + 1) for rank in range(200)]  # Zipf: there is something to learn
-    (folder / "corpus").mkdir()
+    (folder / "corpus").mkdir(parents=True)
     with open(folder / "corpus/a.jsonl", "w") as file:
         for n in range(60):
             length = 3000 if n % 15 == 1 else rng.randint(20, 300)
@@ -69,47 +69,56 @@ def presets(tmp_path_factory, cache_dir) -> dict[str, str]:
     made = {}
     for name, model in (("modern", "ModelConfig"), ("nanochat", "nanochat")):
         made[name] = str(folder / f"{name}.py")
-        text = PRESET.replace("{model}", model).replace("{path!r}", repr(str(folder / "corpus"))).replace("{cache!r}", repr(str(cache_dir)))
+        text = PRESET.replace("{model}", model).replace("{path!r}", repr(str(folder / "corpus"))).replace("{cache!r}", repr(str(cache)))
         Path(made[name]).write_text(text)
     return made
 
 
+def train(preset: str | None, *flags: str, out: Path, expect=None, at=None) -> Run:
+    """`nanojax train` in this process, which saves the start of another. `at` is (step, what to call as that step takes its batch)."""
+    taken: list[str] = []
+    original = Loader.__next__
+
+    def spy(self):
+        if at and self.get_state()["next_step"] == at[0]:
+            at[1]()
+        batch = original(self)
+        taken.append(hashlib.sha256(np.asarray(batch.inputs).tobytes() + np.asarray(batch.targets).tobytes()).hexdigest())
+        return batch
+
+    argv = [*([preset] if preset else []), "--out", str(out), *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__next__", spy)
+        if expect is None:
+            train_module.main(argv)
+        else:
+            with pytest.raises(expect) if expect else contextlib.nullcontext():
+                train_module.main(argv)
+    return Run(RunFolder(out), taken)
+
+
+@functools.cache
+def undisturbed(preset: str, out: Path) -> Run:
+    """That run in that folder."""
+    return train(preset, out=out)
+
+
+@pytest.fixture(scope="module")
+def presets(tmp_path_factory, cache_dir) -> dict[str, str]:
+    """The same for all tests of a session: see make_presets."""
+    return make_presets(tmp_path_factory.getbasetemp() / "training", cache_dir)
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """start(preset, *flags, out=None, expect=None, at=None): `nanojax train` in this process, which saves the start of another.
-
-    `at` is (step, what to call as that step takes its batch).
-    """
-
-    def begin(preset: str | None, *flags: str, out: Path | None = None, expect=None, at=None) -> Run:
-        folder = out or tmp_path_factory.mktemp("run") / "run"
-        taken: list[str] = []
-        original = Loader.__next__
-
-        def spy(self):
-            if at and self.get_state()["next_step"] == at[0]:
-                at[1]()
-            batch = original(self)
-            taken.append(hashlib.sha256(np.asarray(batch.inputs).tobytes() + np.asarray(batch.targets).tobytes()).hexdigest())
-            return batch
-
-        argv = [*([preset] if preset else []), "--out", str(folder), *flags]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Loader, "__next__", spy)
-            if expect is None:
-                train_module.main(argv)
-            else:
-                with pytest.raises(expect) if expect else contextlib.nullcontext():
-                    train_module.main(argv)
-        return Run(RunFolder(folder), taken)
-
-    return begin
+    """start(preset, *flags, out=a new folder, ...): see train."""
+    return lambda *words, out=None, **how: train(*words, out=out or tmp_path_factory.mktemp("run") / "run", **how)
 
 
 @pytest.fixture(scope="module")
-def straight(presets, start) -> Run:
-    """The undisturbed run that the others are compared with."""
-    return start(presets["modern"])
+def straight(presets, tmp_path_factory) -> Run:
+    """The undisturbed run that the others are compared with, the same for all tests of a session."""
+    return undisturbed(presets["modern"], tmp_path_factory.getbasetemp() / "training/straight")
 
 
 @pytest.fixture(scope="module")
