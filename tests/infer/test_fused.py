@@ -34,7 +34,7 @@ def model_in(name: str, format: str, without: str = "none"):
     """(a model, its weights: those of the blocks packed if in 4 bits, all but those whose names begin with `without`)."""
     model = make_model(**MODELS[name])
     rounding = Rounding(format, 32 if format == "int4" else None)
-    coded = {} if format == "fp32" else quantize_weights(model.weights, rounding)
+    coded = {} if format == "fp32" else jax.jit(quantize_weights, static_argnums=1)(model.weights, rounding)
     return model, model.weights | {name: packed(q) for name, q in coded.items() if not name.startswith(without)}
 
 
@@ -56,13 +56,17 @@ def test_a_token_has_the_logits_of_the_model_and_leaves_its_caches(name, format,
     shapes = [(rows, c.kv_heads, window or 64, c.head_dim) for window in c.windows]
     caches = tuple(Cache(*(jnp.asarray(rng.standard_normal(shape), jnp.float32) for _ in range(2))) for shape in shapes)
     valid_B = jnp.ones(rows, bool)
+
+    def plainly(laid_out):
+        gpt = model_of(model.program.graph, fused.plain(laid_out, c))
+        x_BTD, written = forward(gpt, token_B[:, None], position_B[:, None], valid_B[:, None], caches)
+        return gpt.logits(x_BTD[:, 0]), written
+
     with jax.set_mesh(model.program.mesh):
         laid_out = fused.fuse(dict(weights), c, jnp.float32)
         token = jax.jit(lambda laid_out, *rest: fused.one_token(laid_out, c, *rest, interpret=True))
         got, written = token(laid_out, token_B, position_B, valid_B, caches)
-        gpt = model_of(model.program.graph, fused.plain(laid_out, c))
-        x_BTD, wanted = forward(gpt, token_B[:, None], position_B[:, None], valid_B[:, None], caches)
-        logits_BV = gpt.logits(x_BTD[:, 0])
+        logits_BV, wanted = jax.jit(plainly)(laid_out)
     # float32 of order 1, summed in another order; many rows of packed weights are multiplied in bf16
     tolerance = 1e-1 if rows == 9 and format != "fp32" else 2e-5
     np.testing.assert_allclose(got, logits_BV, atol=tolerance)

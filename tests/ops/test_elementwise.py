@@ -70,7 +70,7 @@ def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):
     x_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 32)), jnp.float32)
     positions = jnp.asarray([[0, 1, 2, 3], [5, 6, 7, 8]])
     attends = [merge(plain, params).attention] * 2
-    got, want = (merge(g, params).through_blocks(x_BTD, positions, attends) for g in (graph, plain))
+    got, want = (jax.jit(lambda p, g=g: merge(g, p).through_blocks(x_BTD, positions, attends))(params) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -78,9 +78,9 @@ def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
     """As they are where an export reads its prompts."""
     graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, interpret=True))
     plain, _ = tiny_model()
-    weights = params | {name: packed(q) for name, q in quantize_weights(params, Rounding("nvfp4", None)).items()}
+    weights = params | {name: packed(q) for name, q in jax.jit(quantize_weights, static_argnums=1)(params, Rounding("nvfp4")).items()}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
-    got, want = (merge(g, weights)(tokens) for g in (graph, plain))
+    got, want = (jax.jit(lambda weights, g=g: merge(g, weights)(tokens))(weights) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
@@ -99,6 +99,6 @@ def test_the_last_product_takes_swiglu_where_each_device_has_whole_tiles(monkeyp
     graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, hopper=devices, interpret=True), **sizes)
     plain, _ = tiny_model(**sizes)
     inputs = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, tokens // 2)), jnp.int32)
-    got, want = (merge(g, params)(inputs) for g in (graph, plain))
+    got, want = (jax.jit(lambda params, g=g: merge(g, params)(inputs))(params) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert bool(taken) == within

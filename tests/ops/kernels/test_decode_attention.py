@@ -37,15 +37,34 @@ def make(heads: int, kv_heads: int, size: int, case: str, dtype) -> tuple[NewTok
     return new, cache, (1 + 0.1 * normal(size), 1 + 0.1 * normal(size)), window
 
 
-@pytest.mark.parametrize("case", CASES)
+# Heads, heads of keys, parts, feed: each is met, and each case is, before all of them are with all.
+SHAPES = [(4, 4, 1, Feed()), (6, 2, 4, Feed(16, 2.0)), (4, 1, 2, Feed()), (4, 2, 1, Feed(32))]
+DAILY = {("full", 0), ("long", 1), ("window of the ring", 2), ("odd ring", 3), ("window in a longer cache", 1), ("odd ring", 2)}
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "parts", "feed"), [(4, 4, 1, Feed()), (6, 2, 4, Feed(16, 2.0)), (4, 1, 2, Feed()), (4, 2, 1, Feed(32))]
+    ("case", "shape"),
+    [
+        pytest.param(case, shape, id=f"{case}-{n}", marks=() if (case, n) in DAILY else pytest.mark.slow)
+        for case in CASES
+        for n, shape in enumerate(SHAPES)
+    ],
 )
-def test_it_is_the_attention_of_prompts_for_one_token(case, heads, kv_heads, parts, feed):
+def test_it_is_the_attention_of_prompts_for_one_token(case, shape):
+    heads, kv_heads, parts, feed = shape
     new, cache, gains, window = make(heads, kv_heads, 16, case, jnp.float32)
-    for norms in (gains, None):
-        got = decode_attention(new, cache, norms, window=window, feed=feed, parts=parts, interpret=True)
-        want = decode_attention_reference(new, cache, norms, window=window, feed=feed)
+
+    @jax.jit
+    def both(new, cache):
+        return [
+            (
+                decode_attention(new, cache, norms, window=window, feed=feed, parts=parts, interpret=True),
+                decode_attention_reference(new, cache, norms, window=window, feed=feed),
+            )
+            for norms in (gains, None)
+        ]
+
+    for got, want in both(new, cache):
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(a, b, atol=1e-5)  # sums of float32 in another order
 
