@@ -83,9 +83,11 @@ def test_a_config_is_rewritten_when_a_checkpoint_bears_it_out(presets, start, tm
     command, _ = read_command(["--out", str(out), "--resume", "--fp4-recipe", "full", "--precision", "auto", "--allow", "precision"])
     full = resolve(command.config, RunFolder(out).read()[0].model.vocab_size).train
     assert (full.steps, full.fp4_skip_last) == (6, 1), "the recipe leaves out what it leaves out in a new run"
-    start(None, "--resume", out=out)
+
+
+def test_a_complete_run_has_no_step_left_for_another_precision(start, straight):
     with pytest.raises(UserError, match=r"is complete, and has no step left to train otherwise; start anew with --init-from"):
-        start(None, "--resume", "--precision", "nvfp4", "--allow", "precision", out=out)
+        start(None, "--resume", *FOUR_BIT, "--allow", "precision", out=straight.folder.path)
 
 
 def fail():

@@ -29,6 +29,9 @@ MODELS = {
 }
 
 
+jitted_unpacked = jax.jit(functools.partial(unpacked, dtype=jnp.float32))
+
+
 @functools.cache
 def model_in(name: str, format: str, without: str = "none"):
     """(a model, its weights: those of the blocks packed if in 4 bits, all but those whose names begin with `without`)."""
@@ -84,7 +87,7 @@ def test_what_was_laid_out_gives_the_weights_back(name, format):
     assert set(back) == set(weights)
     for key, w in weights.items():
         assert isinstance(back[key], PackedMatrix) == isinstance(w, PackedMatrix)
-        got, want = (unpacked(x, jnp.float32) if isinstance(x, PackedMatrix) else x for x in (back[key], w))
+        got, want = (jitted_unpacked(x) if isinstance(x, PackedMatrix) else x for x in (back[key], w))
         np.testing.assert_array_equal(got, want)
 
 
@@ -104,7 +107,7 @@ def test_the_engine_generates_by_it_what_the_full_forward_pass_says():
     engine = Engine(model, BYTES, piece=16, stride=1, slots=64, path=path)
     ids = [[BYTES.bos, *range(20)], [BYTES.bos, 7]]
     made = engine.generate(ids, SamplingParams(temperature=0, tokens=20), stops=())
-    plain = {name: unpacked(w, jnp.float32) if isinstance(w, PackedMatrix) else w for name, w in weights.items()}
+    plain = {name: jitted_unpacked(w) if isinstance(w, PackedMatrix) else w for name, w in weights.items()}
     rows = [row + piece.tokens for row, piece in zip(ids, made, strict=True)]
     for row, piece, logits in zip(ids, made, full_logits(dataclasses.replace(model, weights=plain), rows), strict=True):
         assert piece.tokens == logits[len(row) - 1 : -1].argmax(-1).tolist()
@@ -136,7 +139,7 @@ def test_on_a_gpu_the_engine_picks_tokens_that_float32_finds_as_likely_as_any(fo
     assert engine.path.words.endswith(fused.WORDS)
     ids = [[BYTES.bos, *range(30)], [BYTES.bos, 7]]  # the first one in two pieces
     rows = [row + piece.tokens for row, piece in zip(ids, engine.generate(ids, SamplingParams(temperature=0, tokens=30), ()), strict=True)]
-    plain = {name: unpacked(w, jnp.float32) if isinstance(w, PackedMatrix) else w for name, w in weights.items()}
+    plain = {name: jitted_unpacked(w) if isinstance(w, PackedMatrix) else w for name, w in weights.items()}
     for prompt, row, logits in zip(ids, rows, full_logits(dataclasses.replace(exact, weights=plain), rows), strict=True):
         before, added = logits[len(prompt) - 1 : -1], row[len(prompt) :]
         assert len(added) == 30

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanojax.ops import cache as cache_module
 from nanojax.ops.attention import reference_attention
-from nanojax.ops.cache import cached_attention, empty_cache, grow, held, write
+from nanojax.ops.cache import cached_attention, empty_cache, grow, held
 
 H = 4
+write, reference = jax.jit(cache_module.write), jax.jit(reference_attention, static_argnames="window")
 cached = jax.jit(cached_attention, static_argnames="window")
 
 
@@ -38,7 +40,7 @@ def in_pieces(q, k, v, pieces, *, slots, window):
 def test_tokens_in_pieces_see_what_they_see_at_once(kv_heads, slots, window):
     """Rings of just the window wrap round several times, within a piece of 7 too."""
     q, k, v = random(2, 12, 4, H), random(2, 12, kv_heads, H, seed=1), random(2, 12, kv_heads, H, seed=2)
-    at_once = reference_attention(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window=window)
+    at_once = reference(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), window=window)
     for pieces in ([12], [1] * 12, [3, 1, 1, 7]):
         y = in_pieces(q, k, v, pieces, slots=slots, window=window)
         np.testing.assert_allclose(y, at_once, atol=2e-6)  # float32, |values| of order 1, sums in another order
@@ -75,7 +77,7 @@ def test_a_cache_that_grew_holds_what_it_held():
     at = jnp.full((1, 1), 4)
     y, _ = cached(q, new, new, large, at, at > 0)
     every = jnp.concatenate([jnp.asarray(k), new], axis=1)
-    whole = reference_attention(jnp.tile(q, (1, 5, 1, 1)), every, every)[:, -1:]
+    whole = reference(jnp.tile(q, (1, 5, 1, 1)), every, every)[:, -1:]
     np.testing.assert_allclose(y, whole, atol=2e-6)  # as above
 
 
@@ -86,6 +88,6 @@ def test_keys_stay_in_the_type_of_the_cache_and_scores_are_float32():
         empty = empty_cache(1, 2, 4, H, jnp.bfloat16)
         y, cache = cached(q, k, k, empty, at, at >= 0)
         assert (y.dtype, cache.k_BKSH.dtype) == (jnp.bfloat16, jnp.bfloat16)
-        np.testing.assert_allclose(y.astype(float), reference_attention(q, k, k).astype(float), atol=2e-2)  # 8 bits, |values| < 3
+        np.testing.assert_allclose(y.astype(float), reference(q, k, k).astype(float), atol=2e-2)  # 8 bits, |values| < 3
         text = str(jax.make_jaxpr(lambda *a: cached_attention(*a)[0])(q, k, k, empty, at, at >= 0))
         assert text.count("preferred_element_type=float32") >= 2

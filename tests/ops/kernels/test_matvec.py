@@ -15,6 +15,7 @@ from nanojax.ops.fp4 import dequantize, quantize
 from nanojax.ops.kernels.matvec import GROWTH, Around, Cut, Feed, feed_of, matmul, matvec
 from nanojax.ops.packed import PackedMatrix, for_kernels, stacked, unpacked
 
+jitted_quantize, jitted_dequantize = jax.jit(quantize, static_argnames=("format", "block")), jax.jit(dequantize)
 FORMATS = ("bf16", "int4", "nvfp4", "mxfp4")
 
 
@@ -24,8 +25,8 @@ def make(format: str, outputs: int, inputs: int, seed: int = 0):
     if format == "bf16":
         w_OI = jnp.asarray(w_IO.T, jnp.bfloat16)
         return w_OI, np.asarray(w_OI, np.float64)
-    q = jax.jit(lambda w_IO: quantize(w_IO, format, block=32 if format == "int4" else None))(w_IO)
-    return packed(q), np.asarray(dequantize(q), np.float64).T
+    q = jitted_quantize(w_IO, format, block=32 if format == "int4" else None)
+    return packed(q), np.asarray(jitted_dequantize(q), np.float64).T
 
 
 def wanted(x_BI, w_OI, around: Around) -> list[np.ndarray]:
@@ -140,10 +141,10 @@ def test_each_kind_of_matrix_has_its_feed():
 
 def test_int4_scales_of_several_spans_are_each_where_they_belong():
     w_IO = np.random.default_rng(0).standard_normal((256, 8)).astype(np.float32) * np.repeat([1.0, 8.0], 128)[:, None].astype(np.float32)
-    q = quantize(jnp.asarray(w_IO), "int4", block=128)
+    q = jitted_quantize(w_IO, "int4", block=128)
     w, x_BI = packed(q), jnp.asarray(np.random.default_rng(1).standard_normal((1, 256)), jnp.float32)
     got = matvec(feed_of(w).of(x_BI, jnp.float32), w, dtype=jnp.float32, interpret=True)
-    np.testing.assert_allclose(got, np.asarray(x_BI, np.float64) @ np.asarray(dequantize(q), np.float64), atol=1e-4)
+    np.testing.assert_allclose(got, np.asarray(x_BI, np.float64) @ np.asarray(jitted_dequantize(q), np.float64), atol=1e-4)
 
 
 def test_packed_matrices_have_the_sizes_of_what_they_hold_and_stack():

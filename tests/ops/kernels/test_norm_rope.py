@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
 from nanojax.ops.rope import rope_table
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def results(f, shape, dtype):
     """(value, gradients of x and gain) of a function, with a random cotangent."""
     rng = np.random.default_rng(0)
@@ -48,7 +51,7 @@ def test_in_bf16_it_rounds_where_they_round():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 256, 6, 128), (3, 77, 2, 64), (1, 2048, 10, 128)])
 def test_the_compiled_kernels_agree_on_a_gpu(shape):
-    got, want = (jax.jit(results, static_argnums=(0, 1, 2))(f, shape, jnp.bfloat16) for f in (on_gpu, norm_rope_reference))
+    got, want = (results(f, shape, jnp.bfloat16) for f in (on_gpu, norm_rope_reference))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=2e-2 * float(jnp.abs(b).max()))  # bf16
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ def reference(x, ws, gains, rope, how):
     return norm_rope_reference(q, gains[0], rope), norm_rope_reference(k, gains[1], rope), v
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def results(f, heads, kv, dtype, how, tokens=24):
     """(queries, keys, values, gradients of x, of the matrices and of the gains), with random cotangents."""
     rng = np.random.default_rng(0)
@@ -41,6 +44,6 @@ def test_they_and_their_gradients_are_those_of_three_products(heads, kv):
 @pytest.mark.parametrize(("heads", "kv", "tokens"), [(6, 6, 256), (6, 2, 77)])
 def test_the_compiled_products_agree_on_a_gpu(heads, kv, tokens):
     how = How(128, HOW.spread)
-    got, want = (jax.jit(results, static_argnums=(0, 1, 2, 3, 4, 5))(f, heads, kv, jnp.bfloat16, how, tokens) for f in (qkv, reference))
+    got, want = (results(f, heads, kv, jnp.bfloat16, how, tokens) for f in (qkv, reference))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(*(np.asarray(x, np.float32) for x in (a, b)), atol=2e-2 * float(jnp.abs(b).max()))  # bf16

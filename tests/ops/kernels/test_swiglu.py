@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from nanojax.ops.kernels.swiglu import swiglu, swiglu_reference
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def results(f, shape, dtype):
     """(value, gradient) of a function, with a random cotangent."""
     rng = np.random.default_rng(0)
@@ -36,9 +39,7 @@ def test_by_hand_at_a_gate_of_zero():
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(2, 256, 4096), (3, 77, 2 * 3456), (1, 64, 2 * 88)])
 def test_the_compiled_swiglu_agrees_on_a_gpu(shape):
-    got, want = (
-        jax.jit(results, static_argnums=(0, 1, 2))(f, shape, d) for f, d in ((compiled, jnp.bfloat16), (swiglu_reference, jnp.float32))
-    )
+    got, want = (results(f, shape, d) for f, d in ((compiled, jnp.bfloat16), (swiglu_reference, jnp.float32)))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=1e-2 * float(jnp.abs(b).max()))  # bf16 inputs and results
 
