@@ -40,7 +40,7 @@ def program_on(mesh: str):
     from nanojax.program import make_program
 
     config = Config(
-        model=ModelConfig(depth=2, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512),
+        model=ModelConfig(depth=1, d_model=64, head_dim=16, n_kv_head=2, d_ffn=128, seq_len=64, vocab_size=512),
         train=TrainConfig(steps=10, batch_tokens=1024, mesh=mesh),
         optim=OptimConfig(reference_batch=None),
     )

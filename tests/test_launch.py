@@ -65,6 +65,19 @@ def job(tmp_path, monkeypatch):
     return make
 
 
+SHOWN = "(folder / f'at-{step}-{rank}').touch()"
+
+
+def at(job: Job, step: int) -> list[bool]:
+    """Of both ranks, whether a story that begins with SHOWN has come to that step."""
+    return [(job.folder.path / f"at-{step}-{rank}").exists() for rank in range(2)]
+
+
+def terminate_when(ready) -> None:
+    """SIGTERM to this process, which supervises, as soon as that is so."""
+    threading.Thread(target=lambda: (wait_until(ready), os.kill(os.getpid(), signal.SIGTERM)), daemon=True).start()
+
+
 def lives(job: Job, rank: int = 0) -> int:
     return int((job.folder.path / f"lives-{rank}").read_text()) + 1
 
@@ -151,8 +164,8 @@ def test_what_is_slow_by_its_nature_is_not_stuck(job):
 
 
 def test_a_signal_is_passed_on_and_nothing_is_started_again(job):
-    made = job("if step == 5: time.sleep(60)")
-    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    made = job(f"{SHOWN}\n    if step == 5: time.sleep(60)")
+    terminate_when(lambda: all(at(made, 5)))
     assert made.supervise() == 75
     assert lives(made, 0) == lives(made, 1) == 1
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -160,9 +173,9 @@ def test_a_signal_is_passed_on_and_nothing_is_started_again(job):
 
 def test_what_does_not_end_after_a_signal_shows_its_stacks_and_is_killed(job, capfd):
     """Though it compiles, say, for which there is all the time in the world."""
-    ignored = "progress.note(slow=True); signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    if step == 2: time.sleep(60)"
+    ignored = f"progress.note(slow=True); signal.signal(signal.SIGTERM, signal.SIG_IGN); {SHOWN}\n    if step == 2: time.sleep(60)"
     made = job(ignored, leave_seconds=1.0)
-    threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    terminate_when(lambda: all(at(made, 2)))
     began = time.monotonic()
     assert made.supervise() == 137
     assert time.monotonic() - began < 20

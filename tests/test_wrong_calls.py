@@ -1,11 +1,12 @@
 """Wrong calls of the real command: exit code 2 and one line that states the rule, the value and the remedy, before anything is compiled.
 
-A start of Python and of the command line takes 0.3 s, so most calls here do too. Those that need a device import jax first (2 to 3 s).
+A start of Python and of the command line takes 0.3 s, and that of jax 2 to 3 s more: most calls here share a process.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import re
@@ -115,17 +116,42 @@ def allowed(device: bool) -> float:
     return (DEVICE_S if device else BARE_S) * max(1.0, os.getloadavg()[0] / CORES)
 
 
-def check(world: World, line: str, words: tuple[str, ...], *, device: bool) -> None:
-    done, took = call(world, line, device=device)
-    said = done.stderr.strip().splitlines()
-    assert "Traceback" not in done.stderr, done.stderr
-    assert "jax was imported" not in done.stderr, "it needs no device, and imported jax"
-    assert done.returncode == 2, (done.returncode, done.stderr)
-    assert 1 <= len(said) <= 3, done.stderr
-    assert said[-1].startswith("nanojax: error: "), done.stderr
+def check(code: object, took: float, said: str, words: tuple[str, ...], *, device: bool) -> None:
+    lines = said.strip().splitlines()
+    assert "Traceback" not in said, said
+    assert "jax was imported" not in f"{code} {said}", "it needs no device, and imported jax"
+    assert code == 2, (code, said)
+    assert 1 <= len(lines) <= 3, said
+    assert lines[-1].startswith("nanojax: error: "), said
     for word in words:
-        assert word in done.stderr, f"{word!r} is not in: {done.stderr}"
+        assert word in said, f"{word!r} is not in: {said}"
     assert took < allowed(device), f"{took:.1f} s"
+
+
+# Every line of stdin as a command; of each its exit code, its seconds, and what it said.
+ONE_BY_ONE = """
+import contextlib, io, json, sys, time
+from nanojax.__main__ import dispatch
+from nanojax.errors import run_main
+
+for line in json.load(sys.stdin):
+    err, began = io.StringIO(), time.perf_counter()
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            code = run_main(dispatch, line.split())
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, time.perf_counter() - began, err.getvalue()]))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(world) -> dict[str, tuple[object, float, str]]:
+    """Command -> (exit code, seconds, stderr) of all in BARE, in one process in which nobody may import jax."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(world.poisoned)}
+    lines, argv = json.dumps(list(BARE)), [sys.executable, "-c", ONE_BY_ONE]
+    done = subprocess.run(argv, input=lines, cwd=world.root, env=env, capture_output=True, text=True, timeout=120, check=True)
+    return dict(zip(BARE, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
 TRAIN = "train --depth 1 --d-model 64 --head-dim 16 --seq-len 64 --batch-tokens 2048 --steps 9 --vocab-size 300 --data.packing concat"
@@ -194,6 +220,13 @@ QUICK = {
     "data fetch": ("fetch", "download"),
     "train --out runs/nothing --resume": ("--resume needs a checkpoint", "runs/nothing has none", "drop --resume"),
 }
+# These meet the devices: jax is here already.
+QUICK |= {
+    f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),
+    f"{HERE} --attn-impl cudnn --out d2": ("attn_impl=cudnn: cudnn runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
+    f"{HERE} --attn-impl te --out d4": ("attn_impl=te: te runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
+    f"{HERE} --micro-batch 5 --out d3": ("micro_batch=5", "try --micro-batch 4"),
+}
 # Of scripts/bench/decode.py, after the preset that is the default config.
 BENCH = {
     "--formats foo": ("'foo'", "'nvfp4'", "--help"),
@@ -210,19 +243,21 @@ BENCH = {
     "--precision nvfp4": ("precision=nvfp4", "drop --compute-dtype and --precision"),
 }
 DEVICE = {
-    f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),
     f"{HERE} --mesh data=3,fsdp=2 --out d1": ("data=3,fsdp=2 makes 6, there are 1", "try --mesh data=1"),
-    f"{HERE} --attn-impl cudnn --out d2": ("attn_impl=cudnn: cudnn runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
-    f"{HERE} --attn-impl te --out d4": ("attn_impl=te: te runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),
-    f"{HERE} --micro-batch 5 --out d3": ("micro_batch=5", "try --micro-batch 4"),
     # A checkpoint is read by orbax, which imports jax.
     "sample runs/finished": ("runs/finished/checkpoints", "older"),
 }
 
 
 @pytest.mark.parametrize("line", BARE)
-def test_a_wrong_call_is_answered_in_a_line_without_a_device(world, line):
-    check(world, line, BARE[line], device=False)
+def test_a_wrong_call_is_answered_in_a_line_without_a_device(answers, line):
+    check(*answers[line], BARE[line], device=False)
+
+
+@pytest.mark.parametrize("line", [f"{HERE} --dept 12", "trian --depth 1"])
+def test_so_it_is_as_a_process_of_its_own(world, line):
+    done, took = call(world, line, device=False)
+    check(done.returncode, took, done.stderr, BARE[line], device=False)
 
 
 @pytest.mark.parametrize("line", QUICK)
@@ -249,7 +284,8 @@ def test_a_bench_that_cannot_be_is_refused_before_its_table_begins(world, line, 
 
 @pytest.mark.parametrize("line", DEVICE)
 def test_a_wrong_call_that_meets_the_devices_is_answered_in_a_line(world, line):
-    check(world, line, DEVICE[line], device=True)
+    done, took = call(world, line, device=True)
+    check(done.returncode, took, done.stderr, DEVICE[line], device=True)
 
 
 def test_nothing_is_left_behind_by_calls_that_fail_before_they_write(world):

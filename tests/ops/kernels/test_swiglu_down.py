@@ -58,9 +58,9 @@ def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
     monkeypatch.setattr(wgmma, "multiply", wgmma.multiply_reference)
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     sizes = (3, 5, 8, 12)
-    how = How(functools.partial(sharded, mesh=mesh), True)
-    got = results(functools.partial(swiglu_down, how=how), *sizes, jnp.float32)
-    for a, b in zip(got, results(swiglu_down_reference, *sizes, jnp.float32), strict=True):
+    spread = functools.partial(swiglu_down, how=How(functools.partial(sharded, mesh=mesh), True))
+    got, want = (jax.jit(results, static_argnums=range(6))(f, *sizes, jnp.float32) for f in (spread, swiglu_down_reference))
+    for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
 
