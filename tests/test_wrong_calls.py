@@ -220,7 +220,7 @@ QUICK = {
     "data fetch": ("fetch", "download"),
     "train --out runs/nothing --resume": ("--resume needs a checkpoint", "runs/nothing has none", "drop --resume"),
 }
-# These meet the devices: jax is here already.
+# These meet the devices, as those of DEVICE do, in a process that has jax already.
 QUICK |= {
     f"{HERE} --profile 5:2 --out r2": ("--profile", "'5:2'", "try --profile 20:23"),
     f"{HERE} --attn-impl cudnn --out d2": ("attn_impl=cudnn: cudnn runs on NVIDIA GPUs", "the device is a cpu", "--attn-impl auto"),

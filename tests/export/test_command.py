@@ -46,8 +46,7 @@ def test_an_export_is_as_good_as_its_run_when_that_is_gone(runs, cache_dir, tmp_
 
     main([str(run), str(tmp_path / "out")])
     shutil.rmtree(run)
-    source = open_source(tmp_path / "out", cache=str(cache_dir))
-    exported = source.load()
+    exported = open_source(tmp_path / "out", cache=str(cache_dir)).load()
     with jax.set_mesh(exported.program.mesh):
         found = validator(exported.program, data)(exported.weights).bpb
     assert found == pytest.approx(others_in_bf16, abs=1e-6)
@@ -56,8 +55,8 @@ def test_an_export_is_as_good_as_its_run_when_that_is_gone(runs, cache_dir, tmp_
 
     ids = [[data.tokenizer.bos, *data.tokenizer.encode("ba ko")]]
     greedy = SamplingParams(temperature=0.0, tokens=20)
-    loaded, remembered = source.load(), dataclasses.replace(model, weights=rounded)
-    (added,), (same,) = (Engine(each, data.tokenizer).generate(ids, greedy) for each in (loaded, remembered))
+    remembered = dataclasses.replace(model, weights=rounded)
+    (added,), (same,) = (Engine(each, data.tokenizer).generate(ids, greedy) for each in (exported, remembered))
     assert added.tokens == same.tokens
     assert len(added.tokens) > 5
 
