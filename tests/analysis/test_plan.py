@@ -111,7 +111,7 @@ def preset(tmp_path_factory, cache_dir):
     path = tmp_path_factory.mktemp("plan") / "preset.py"
     path.write_text(
         "from nanojax.config import *\n"
-        "config = Config(model=ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=32, vocab_size=256),"
+        "config = Config(model=ModelConfig(depth=1, d_model=32, head_dim=16, d_ffn=64, seq_len=32, vocab_size=256),"
         f" train=TrainConfig(batch_tokens=256, steps=4, loss_blocks=2), data=DataConfig(cache={str(cache_dir)!r}))\n"
     )
     return str(path)
@@ -127,7 +127,7 @@ def test_a_plan_says_what_it_compiled_and_where(preset, capsys):
 
 def test_what_cannot_fit_is_refused_with_a_remedy(preset):
     with pytest.raises(UserError, match=r"one row at a time, with rematerialisation, does not fit into 0.00 GiB a device; try"):
-        main([preset, "--memory", "100MB", "--seq-len", "256", "--d-model", "512", "--memory=1MB"])
+        main([preset, "--memory", "100MB", "--d-model", "128", "--memory=1MB"])
     with pytest.raises(UserError, match="a cpu does not say what jax may allocate"):
         main([preset])
     with pytest.raises(UserError, match="--devices takes 1 to"):

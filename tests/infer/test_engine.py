@@ -74,7 +74,7 @@ def test_logits_are_those_of_the_full_forward_pass_after_a_prompt_and_after_ever
     assert [cache.k_BKSH.shape[2] for cache in state.caches] == [8, 64], "a ring has the slots of its window"
 
 
-@pytest.mark.parametrize("backend", ["xla", "reference"])
+@pytest.mark.parametrize("backend", ["xla", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_position_of_a_prompt_has_the_logits_of_the_full_forward_pass(name, backend):
     """Read in three pieces, the first by training's attention; the shorter rows end in the second and in the first."""

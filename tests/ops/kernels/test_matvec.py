@@ -60,24 +60,34 @@ def surroundings(rows: int, outputs: int, inputs: int) -> list[Around]:
     ]
 
 
-def check(format: str, rows: int, outputs: int, inputs: int, tolerance: float, cut: Cut | None, interpret: bool) -> None:
+def check(format: str, sizes: tuple[int, int, int], tolerance: float, cut: Cut | None, *, interpret: bool, every: bool) -> None:
+    """Of (rows, outputs, inputs), with all surroundings or two of them: they take long to compile."""
+    rows, outputs, inputs = sizes
     w, w_OI = make(format, outputs, inputs)
     x_BI = jnp.asarray(np.random.default_rng(2).standard_normal((rows, inputs)), jnp.float32)
     given = feed_of(w).of(x_BI, jnp.float32 if interpret else jnp.bfloat16)
     arounds = surroundings(rows, outputs, inputs)
-    arounds = arounds if interpret or rows == 1 else arounds[2::2]  # a GPU's take long to compile
+    arounds = arounds if every else arounds[2::2]
     made = jax.jit(lambda x, w: [matvec(x, w, around, dtype=jnp.float32, cut=cut, interpret=interpret) for around in arounds])(given, w)
     for got, around in zip(made, arounds, strict=True):
         for a, b in zip(got if isinstance(got, tuple) else [got], wanted(x_BI, w_OI, around), strict=True):
             np.testing.assert_allclose(a, b, atol=tolerance * np.abs(b).max())
 
 
+INTERPRETED = {"bf16": (3, 16, 88), "int4": (1, 48, 160), "nvfp4": (2, 16, 352), "mxfp4": (1, 48, 160)}
+
+
 @pytest.mark.parametrize(
-    ("format", "rows", "outputs", "inputs"), [("bf16", 3, 16, 88), ("int4", 1, 48, 160), ("nvfp4", 2, 16, 352), ("mxfp4", 1, 48, 160)]
+    ("format", "every"),
+    [
+        ("nvfp4", True),
+        *((format, False) for format in ("bf16", "int4", "mxfp4")),
+        *(pytest.param(format, True, marks=pytest.mark.slow) for format in ("bf16", "int4", "mxfp4")),
+    ],
 )
-def test_a_product_and_what_surrounds_it_are_those_of_float64(format, rows, outputs, inputs):
+def test_a_product_and_what_surrounds_it_are_those_of_float64(format, every):
     """Inputs that no power of two divides are read in pieces of several sizes."""
-    check(format, rows, outputs, inputs, 1e-5, Cut(8, 16), True)  # sums of float32
+    check(format, INTERPRETED[format], 1e-5, Cut(8, 16), interpret=True, every=every)  # sums of float32
 
 
 @pytest.mark.gpu
@@ -86,7 +96,7 @@ def test_the_compiled_kernels_agree_on_a_gpu(format):
     # E2M1 is multiplied in bf16: inputs, products and sums of four are rounded to 8 bits.
     tolerance = 1e-5 if format in ("bf16", "int4") else 1.5e-2
     for rows, outputs, inputs in ((1, 256, 1280), (2, 48, 1408), (8, 64, 736)):
-        check(format, rows, outputs, inputs, tolerance, None, False)
+        check(format, (rows, outputs, inputs), tolerance, None, interpret=False, every=rows == 1)
 
 
 @pytest.mark.gpu
