@@ -178,6 +178,11 @@ def test_the_full_recipe_learns_leaves_its_last_blocks_and_repeats_by_seed(full)
     losses = run(full, 12 * [batch()])  # one batch again and again
     assert losses == run(full, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_the_full_recipe_is_near_the_plain_one_and_not_the_same(full):
+    losses = run(full, 12 * [batch()])
     plain = run(program_of(precision="nvfp4_2d", fp4_skip_last=1, steps=12), 12 * [batch()])
     assert plain[-1] != losses[-1]
     assert plain[-1] == pytest.approx(losses[-1], rel=0.3)  # 4-bit activations and gradients: near, and not the same

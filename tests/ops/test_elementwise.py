@@ -76,8 +76,8 @@ def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):
 
 def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
     """As they are where an export reads its prompts."""
-    graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, interpret=True))
-    plain, _ = tiny_model()
+    graph, params = tiny_model(depth=1, elementwise=kernels(alone, PLAIN_PRODUCTS, interpret=True))
+    plain, _ = tiny_model(depth=1)
     weights = params | {name: packed(q) for name, q in jax.jit(quantize_weights, static_argnums=1)(params, Rounding("nvfp4")).items()}
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
     got, want = (jax.jit(lambda weights, g=g: merge(g, weights)(tokens))(weights) for g in (graph, plain))
@@ -95,7 +95,7 @@ def test_the_last_product_takes_swiglu_where_each_device_has_whole_tiles(monkeyp
         return fused.swiglu_down_reference(both_BTF, down)
 
     monkeypatch.setattr(fused, "swiglu_down", swiglu_down)
-    sizes = dict(d_model=64, d_ffn=128)
+    sizes = dict(depth=1, d_model=64, d_ffn=128)
     graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, hopper=devices, interpret=True), **sizes)
     plain, _ = tiny_model(**sizes)
     inputs = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, tokens // 2)), jnp.int32)
