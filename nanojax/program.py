@@ -88,7 +88,7 @@ class Site:
         tokens = self.request.rows * model.seq_len // self.mesh.shape["context"]  # of a device
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
         within = self.hopper and self.precision != "fp8" and serves(tokens, model.width, model.hidden)
-        name = "SwiGLU, backward in a product" if within else "SwiGLU"
+        name = "SwiGLU (backward in a product)" if within else "SwiGLU"
         known = {"norms": True, "rotation": model.qk_norm, name: swiglu, "loss": whole}
         return [name for name, there in known.items() if there]
 

@@ -104,7 +104,7 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
     with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
         # What devices may lack is said before minutes of tokenising, not after.
         asked = command.config.train
-        if asked.attn_impl != "auto" or asked.mesh or asked.precision == "fp8":
+        if asked.attn_impl != "auto" or asked.mesh or (asked.precision == "fp8" and not command.resume):  # a run may be complete
             from nanojax.program import require_devices
 
             require_devices(command.config)
@@ -121,8 +121,10 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
         if not command.resume and config.train.init_from is not None:
             RunFolder(Path(config.train.init_from)).check_weights_for(config, data)
         first = first_step(folder, command, peers)
-        if command.profile is not None and first <= config.steps:
-            require_window(command.profile, first, config.steps)
+        stop = command.stop_after
+        last = stop if stop is not None and first <= stop < config.steps else config.steps
+        if command.profile is not None and first <= last:
+            require_window(command.profile, first, last)
         train(config, command, folder, data, interrupts, faults, started)
 
 
@@ -170,8 +172,6 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         config = saved_config(Path(out))  # before anything is parsed: flags are checked beside the fields that they go with
     command = parse(TrainCommand, rest, default=TrainCommand(config=config), **words)
     check_types(command)
-    if command.profile is not None:  # where a run that goes on begins is known later, and where it ends if the corpus says
-        require_window(command.profile, 1, command.config.train.steps or parse_window(command.profile)[0])
     if command.peak_tflops is not None:
         require_positive("peak_tflops", command.peak_tflops)
     warmup, steps = command.config.optim.warmup_steps, command.config.train.steps
@@ -181,6 +181,10 @@ def read_command(argv: Sequence[str]) -> tuple[TrainCommand, str]:
         raise UserError(f"--allow {command.allow} is for a run that goes on; add --resume, or start from its weights with --init-from")
     if command.stop_after is not None and command.stop_after < 1:
         raise UserError(f"--stop-after takes a step from 1 on, given {command.stop_after}; try 1")
+    if command.profile is not None:
+        first = parse_window(command.profile)[0]
+        if not command.resume:  # where a run that goes on begins is known later, and where one ends if the corpus says
+            require_window(command.profile, 1, min(steps or first, command.stop_after or first))
     return command, preset or "default"
 
 

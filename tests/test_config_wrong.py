@@ -69,6 +69,7 @@ FLAGS = {
     "--stop-after 0": ("--stop-after takes a step from 1 on, given 0", "try 1"),
     "--profile 9:2": ("--profile takes first:last steps, given '9:2'", "try --profile 20:23"),
     "--steps 40 --profile 41:42": ("--profile must begin at a step from 1 to 40, given 41:42", "try 1:1"),
+    "--steps 40 --stop-after 3 --profile 10:12": ("--profile must begin at a step from 1 to 3, given 10:12", "try 1:1"),
     "--peak-tflops nan": ("peak_tflops=nan must be above 0 and finite", "leave it out for the default"),
     "configs/d12.py": ("the preset comes before all flags", "move it to the front"),
 }

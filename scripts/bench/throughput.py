@@ -18,10 +18,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from nanojax.cli import FLAT, parse, split_preset
-from nanojax.config import Config
+from nanojax.config import Config, Precision
 from nanojax.errors import NanoJaxError, UserError, run_main
 
 WARM_UP = 20  # steps of each side, dropped, after which it says its loss
@@ -45,11 +45,13 @@ class Bench:
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
-        if self.rounds < 2 or self.steps_a_round < 1 or not self.precisions:
+        if self.rounds < 2 or self.steps_a_round < 1:
             given = f"{self.rounds} and {self.steps_a_round}"
-            raise UserError(
-                f"a bench takes 2 rounds or more, a step or more and a precision, given {given}; leave them out for the defaults"
-            )
+            raise UserError(f"a bench takes 2 rounds or more and a step or more, given {given}; leave them out for the defaults")
+        known = get_args(Precision)
+        if not self.precisions or len(set(self.precisions)) < len(self.precisions) or set(self.precisions) - set(known):
+            given = " ".join(self.precisions) or "none"
+            raise UserError(f"--precisions are one or more of {', '.join(known)}, each once, given {given}; name others")
         if self.reference is not None and not Path(self.reference).is_file():
             raise UserError(f"--reference is the PyTorch program to compare with, and {self.reference!r} is no file; name one")
 
@@ -63,6 +65,10 @@ def main(argv: Sequence[str]) -> None:
         return
     if bench.reference is None:
         raise UserError("this compares with a PyTorch program; name it by --reference, or compare our own by precisions.py")
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("--reference needs PyTorch, which is not installed; pip install torch")
+    for precision in bench.precisions:
+        config_in(bench, precision)
     names = [TORCH, *bench.precisions]
     with contextlib.ExitStack() as stack:
         sides = {name: stack.enter_context(child(argv, name, len(names))) for name in names}
@@ -91,7 +97,9 @@ def main(argv: Sequence[str]) -> None:
 def child(argv: Sequence[str], name: str, sides: int) -> Iterator[subprocess.Popen]:
     """This program as one of so many sides, which share the GPU's memory. What the environment says of that goes first."""
     command = [sys.executable, __file__, *argv, "--side", name]
-    memory = {"XLA_CLIENT_MEM_FRACTION": f"{0.98 / sides:.2f}", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # the older name of the next, beside which XLA refuses it
+        memory["XLA_CLIENT_MEM_FRACTION"] = f"{0.98 / sides:.2f}"
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=memory | os.environ) as process:
         try:
             yield process
@@ -134,6 +142,11 @@ def tokens_of(config: Config, rows: int) -> Any:
     return np.random.default_rng(0).integers(0, config.model.vocab_size, (2, rows, config.model.seq_len), np.int32)
 
 
+def config_in(bench: Bench, precision: str) -> Config:
+    """The config of one of our sides. Raises UserError where the precision does not go with it."""
+    return dataclasses.replace(bench.config, train=dataclasses.replace(bench.config.train, precision=precision))
+
+
 def our_side(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[], None], Callable[[], int]]:
     """(facts, a turn, the peak of memory in bytes) of this library."""
     import jax
@@ -145,9 +158,10 @@ def our_side(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[],
     from nanojax.sizes import flops_per_token, resolve
     from nanojax.telemetry import peak_memory_bytes
 
-    base = resolve(bench.config, bench.config.model.vocab_size)
+    base = resolve(config_in(bench, precision), bench.config.model.vocab_size)
     keep_compiled_programs(base.data.cache)
-    program = make_program(dataclasses.replace(base, train=dataclasses.replace(base.train, precision=precision)), jax.devices()[:1])
+    program = make_program(base, jax.devices()[:1])
+    program.require_trainable()
     drawn = tokens_of(base, program.rows)
     whole = [np.broadcast_to(part, (program.accumulation, *part.shape)) for part in (*drawn, np.ones_like(drawn[0]))]
     tokens = Batch(*jax.device_put(tuple(whole), batch_sharding(program.mesh)))
@@ -172,10 +186,7 @@ def our_side(bench: Bench, precision: str) -> tuple[dict[str, Any], Callable[[],
 
 def torch_side(bench: Bench) -> tuple[dict[str, Any], Callable[[], None], Callable[[], int]]:
     """The same of the reference: its step is that of its own main, on the tokens that ours takes."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]  # of the reference: not among our dependencies
-    except ImportError as error:
-        raise UserError("--reference needs PyTorch, which is not installed; pip install torch") from error
+    import torch  # pyright: ignore[reportMissingImports]  # of the reference: not among our dependencies
 
     from nanojax.sizes import micro_batch, resolve
 
