@@ -53,7 +53,7 @@ def check_blocks(model: Any, c: Any) -> None:
             raise UserError(f"{what}={size} must be a multiple of the {n} that share a scale in {name}; the nearest is {remedy}{also}")
 
 
-def require_devices_of(precision: str, request: Any, device: str) -> None:
+def require_precision(precision: str, request: Any, device: str) -> None:
     """Raise UserError where devices, as an attention's request tells of them, cannot train in this precision."""
     if precision == "fp8" and (request.platform != "gpu" or float(request.capability or 9) < 9):
         raise UserError(

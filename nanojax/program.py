@@ -25,7 +25,7 @@ from nanojax.config import Config, TrainConfig
 from nanojax.data.shards import storing
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
-from nanojax.narrow import require_devices_of
+from nanojax.narrow import require_precision
 from nanojax.ops import elementwise
 from nanojax.ops.attention import KERNELS, AttentionFn, compiled_kernels, make_attention, resolve
 from nanojax.ops.attention_check import self_test
@@ -151,7 +151,7 @@ class Program(Site):
 
     def require_trainable(self) -> None:
         """Raise UserError on devices that the precision cannot be trained on."""
-        require_devices_of(self.precision, self.request, self.mesh.devices.flat[0].device_kind)
+        require_precision(self.precision, self.request, self.mesh.devices.flat[0].device_kind)
 
     def compile_step(self, step: int = 1) -> jax.stages.Compiled:
         """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.
@@ -239,7 +239,7 @@ def require_devices(config: Config) -> None:
     request = request_of(config, mesh, rows=1)
     with attention_told():
         resolve(config.train.attn_impl, request)
-    require_devices_of(config.train.precision, request, mesh.devices.flat[0].device_kind)
+    require_precision(config.train.precision, request, mesh.devices.flat[0].device_kind)
 
 
 def request_of(config: Config, mesh: Mesh, rows: int) -> Request:

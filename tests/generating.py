@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +13,16 @@ from nanojax.infer.load import Model
 from nanojax.mesh import replicated
 from nanojax.model import merge
 from nanojax.ops.fp4 import QuantizedArray
-from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span
+from nanojax.ops.packed import CODES, PackedMatrix, for_kernels, span, unpacked
 from nanojax.program import make_program
 from nanojax.sizes import resolve
 from nanojax.tokenizer import SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer
 
 BYTES = Tokenizer("bytes", SPLIT_PATTERN, {bytes([i]): i for i in range(256)}, {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)})
 SIZES = dict(depth=2, d_model=32, head_dim=8, n_kv_head=2, d_ffn=48, seq_len=64, vocab_size=BYTES.n_vocab)
+
+
+jitted_unpacked = jax.jit(functools.partial(unpacked, dtype=jnp.float32))
 
 
 def make_model(seed: int = 0, train: dict | None = None, **model) -> Model:

@@ -96,9 +96,10 @@ def test_codes_and_scales_stand_for_what_training_reads_and_fused_matrices_share
     _, params = model
     codes = jax.jit(functools.partial(quantize_weights, rounding=rounding))(params)
     ready = prepare(params, rounding=rounding, dtype=jnp.float32)
-    stand_for = jax.jit(lambda codes: {name: dequantize(q) for name, q in codes.items()})(codes)
-    for name, w in stand_for.items():
-        np.testing.assert_array_equal(w, ready[name], err_msg=name)
+    stand_for = jax.jit(lambda codes, dtype: {name: dequantize(q, dtype) for name, q in codes.items()}, static_argnums=1)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        for name, w in stand_for(codes, dtype).items():
+            np.testing.assert_array_equal(w, ready[name].astype(dtype), err_msg=name)
     if not rounding.format.startswith("nvfp4"):
         return
     scale = {name: float(q.global_scale) for name, q in codes.items()}

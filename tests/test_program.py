@@ -176,7 +176,7 @@ def test_the_full_recipe_learns_leaves_its_last_blocks_and_repeats_by_seed(full)
     assert full.config.train.fp4_skip_last == 1
     assert "nvfp4_2d but for block 1, activations and gradients too" in full.facts["precision"]
     losses = run(full, 12 * [batch()])  # one batch again and again
-    assert losses[:4] == run(full, 4 * [batch()])
+    assert losses == run(full, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
 
 
@@ -212,6 +212,7 @@ def test_fp8_trains_in_8_bits_and_is_evaluated_without():
     assert "fp8 (e4m3, gradients e5m2; evaluated in bf16)" in program.facts["precision"]
     losses = run(program, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
+    assert losses != run(program_of(), 12 * [batch()])
     with jax.set_mesh(program.mesh):
         params = program.init(jax.random.key(0)).params
         weights = program.phases[0].prepare(params)

@@ -109,8 +109,8 @@ def swiglu_down_case(both: Any, width: int) -> Case:
     hidden = both.shape[-1] // 2
     down = jax.random.normal(jax.random.key(5), (hidden, width), jnp.bfloat16) / 32
     size = both.nbytes // both.shape[-1]  # of one column; what SwiGLU makes is written, and read by two products
-    bytes = size * (6 * hidden + 3 * hidden + 3 * width)
-    return Case(f"swiglu_down {list(both.shape)}", swiglu_down, lambda both, w: swiglu(both) @ w, (both, down), bytes)
+    moved = size * (6 * hidden + 3 * hidden + 3 * width)
+    return Case(f"swiglu_down {list(both.shape)}", swiglu_down, lambda both, w: swiglu(both) @ w, (both, down), moved)
 
 
 def rounding(way: Callable, work: Any, dtype: Any, scale: Any, *xs: Any) -> Any:

@@ -60,13 +60,13 @@ def main(argv: Sequence[str]) -> None:
     """Print tokens/s of each side, by the median turn, and ratios."""
     config, rest = split_preset(argv)
     bench = parse(Bench, rest, prog="throughput.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
+    if bench.side in (None, TORCH) and bench.reference is None:
+        raise UserError("this compares with a PyTorch program; name it by --reference, or compare our own by precisions.py")
+    if bench.side in (None, TORCH) and importlib.util.find_spec("torch") is None:
+        raise UserError("--reference needs PyTorch, which is not installed; pip install torch")
     if bench.side is not None:
         serve(*(torch_side(bench) if bench.side == TORCH else our_side(bench, bench.side)))
         return
-    if bench.reference is None:
-        raise UserError("this compares with a PyTorch program; name it by --reference, or compare our own by precisions.py")
-    if importlib.util.find_spec("torch") is None:
-        raise UserError("--reference needs PyTorch, which is not installed; pip install torch")
     for precision in bench.precisions:
         config_in(bench, precision)
     names = [TORCH, *bench.precisions]

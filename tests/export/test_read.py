@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from exporting import FORMATS, altered, read_tensors, runs  # noqa: F401  # fixture
+from generating import jitted_unpacked
 
 from nanojax.errors import UserError
 from nanojax.export.folder import WEIGHTS, open_export
 from nanojax.export.layout import Parameter, Tensor
 from nanojax.export.read import check_packed, mapped, read_parts, read_weights
-from nanojax.ops.packed import PackedMatrix, for_kernels, unpacked
+from nanojax.ops.packed import PackedMatrix, for_kernels
 from nanojax.program import make_program
 from nanojax.sizes import resolve
 
 GROUP = {"int4_group": 64}
-jitted_unpacked = jax.jit(functools.partial(unpacked, dtype=jnp.float32))
 UP = "model.layers.1.mlp.up_proj"
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from generating import BYTES, full_logits, make_model, packed
+from generating import BYTES, full_logits, jitted_unpacked, make_model, packed
 
 from nanojax.infer import fused
 from nanojax.infer.decode import forward, model_of
@@ -18,7 +18,7 @@ from nanojax.infer.engine import Engine
 from nanojax.infer.params import SamplingParams
 from nanojax.ops.attention_request import Request
 from nanojax.ops.cache import Cache
-from nanojax.ops.packed import PackedMatrix, unpacked
+from nanojax.ops.packed import PackedMatrix
 from nanojax.precision import Rounding, quantize_weights
 
 SIZES = dict(d_model=64, head_dim=16, d_ffn=96)
@@ -27,9 +27,6 @@ MODELS = {
     "nanochat": dict(depth=1, n_kv_head=4, norm="fixed", ffn="relu2", softcap=15.0, **SIZES),
     "no norms on queries and keys": dict(depth=1, n_kv_head=1, qk_norm=False, **SIZES),
 }
-
-
-jitted_unpacked = jax.jit(functools.partial(unpacked, dtype=jnp.float32))
 
 
 @functools.cache

@@ -293,7 +293,7 @@ def test_what_is_not_finite_stays_so_and_changes_nothing_else(variant, shape):
         np.testing.assert_array_equal(got, want)
         jax.tree.map(np.testing.assert_array_equal, q, clean)
         assert np.isnan(jnp.mean((jnp.ones((2, shape[0])) @ got) ** 2))  # the guard on the loss must see it
-        if variant.startswith("mxfp4") and shape == (64, 512):  # whose operations compile fast one by one
+        if variant.startswith("mxfp4"):  # whose operations compile fast one by one
             np.testing.assert_array_equal(fake_quant(hurt, **VARIANTS[variant]), want)
         if variant == "nvfp4":
             given = jitted_fake_quant(hurt, **VARIANTS[variant], amax=finite_amax(hurt), dtype=jnp.bfloat16)
