@@ -1,14 +1,15 @@
 """A matrix product whose operands are rounded to 8 bits, forward and backward: Micikevicius et al. 2022, arXiv:2209.05433.
 
-A tensor has one scale, a power of two made from its own largest value ("current scaling"). Letters: B batch, T tokens, N of both,
-I in, O out, Y the outs of several matrices side by side.
+A tensor has one scale, a power of two made from its own values ("current scaling"): for a matrix the smallest into which its largest
+fits, for activations and gradients at most 4 times that (kernels/both_ways.py). Letters: B batch, T tokens, N of both, I in, O out, Y the
+outs of several matrices side by side.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -17,13 +18,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.dot import dot
-from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, made, narrowed
+from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, narrowed, scale_for
 from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
 from nanojax.ops.products import Products, multiply
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-Round = Callable[[Work, tuple[Array, ...], Array, DTypeLike], tuple[Array, Array]]
-"""(work, tensors [B, T, _], scale, type) -> what work makes of them, [B, T, I], over scale and rounded, and the same turned [I, N]."""
+Round = Callable[[Work, tuple[Array, ...], DTypeLike], tuple[Array, Array, Array]]
+"""(work, tensors [B, T, _], type) -> what work makes of them, [B, T, I], over a scale and rounded, the same turned [I, N], the scale."""
 SWIGLU, SWIGLU_BACKWARD = Work(silu_times, (2,)), Work(silu_times_backward, (2, 1), 2)
 
 
@@ -48,28 +49,15 @@ def fp8_dot(
     return multiply(x_BTI, w_IO.astype(x_BTI.dtype), fp8_products(rounded))
 
 
-def scale_of(parts: Sequence[Array], dtype: DTypeLike) -> Float[Array, ""]:
-    """The smallest power of two that, as scale, lets all of a tensor, here in parts, into an 8-bit type; NaN where it is not finite."""
-    largest = jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts))).astype(jnp.float32)
-    fraction, exponent = jnp.frexp(largest / float(jnp.finfo(dtype).max))
-    # Normal numbers, and their reciprocals too: processors that flush denormals would divide by zero.
-    scale = jnp.ldexp(jnp.float32(1), jnp.clip(jnp.where(fraction == 0.5, exponent - 1, exponent), -126, 126))
-    return jnp.where(jnp.isfinite(largest), scale, jnp.nan)
-
-
 def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     """The nearest values in an 8-bit type; NaN where x is not finite."""
-    scale = scale_of((x,), dtype)
+    scale = scale_for(jnp.max(jnp.abs(x)), dtype)
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
 def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
-    """What work makes in 8 bits, and [I, N]: products of 8 bits read operands along what is summed over, not the same forward and backward.
-
-    It is made twice, for its largest number and to be rounded, which moves less than to write it and read it twice.
-    """
-    scale = scale_of(made(work, xs), dtype)
-    values_BTI, turned_IN = rounded(work, xs, scale, dtype)
+    """What work makes, in 8 bits, and the same turned: operands are read along what is summed over, which differs forward and backward."""
+    values_BTI, turned_IN, scale = rounded(work, xs, dtype)
     return Scaled(values_BTI, scale), Scaled(turned_IN, scale)
 
 

@@ -1,6 +1,6 @@
 """A step's matrix products and attention alone, for as long as a run would take them.   python scripts/bench/floor.py configs/d12.py
 
-What a step would take if all else were free: a GPU at its power limit multiplies slower than in a short benchmark.
+What a step would take if all else were free, or moved so many bytes: a GPU at its power limit multiplies slower than in a short benchmark.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ class Bench:
     """What to time."""
 
     seconds: float = 8.0
-    """Of each of the three; the first half is dropped."""
+    """Of each row; the first half is dropped."""
+    moved: tuple[float, ...] = ()
+    """GB that a step reads and writes beside its products and attention, by copies between them: a row for each."""
     config: Annotated[Config, FLAT] = field(default_factory=Config)
 
     def __post_init__(self) -> None:
         if not 0 < self.seconds < float("inf"):
             raise UserError(f"--seconds is a finite time above 0, given {self.seconds}; try 8")
+        if not all(0 < gigabytes < float("inf") for gigabytes in self.moved):
+            raise UserError(f"--moved are finite numbers of GB above 0, given {' '.join(map(str, self.moved))}; leave it out for none")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,44 +51,79 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"this asks what a GPU reaches at its power limit, and the device is a {device.platform}; run this where one is")
     config = resolve(bench.config, bench.config.model.vocab_size)
     site = choose_site(config, [device])
-    products, attention = product_calls(config, site.rows), attention_calls(config, site)
-    print(f"{device.device_kind}, {site.accumulation} x {site.rows} rows, attention {site.attention}")
-    for name, calls in {"products": products, "attention": attention, "both in turns": products + attention}.items():
+    products, attention = product_calls(config, site), attention_calls(config, site)
+    print(f"{device.device_kind}, {site.accumulation} x {site.rows} rows, attention {site.attention}, block products in {site.precision}")
+    rows = {"products": products, "attention": attention, "both in turns": products + attention}
+    for gigabytes in bench.moved:
+        copies = copy_calls(config, site.rows, 1e9 * gigabytes / site.accumulation)
+        rows[f"and {gigabytes:g} GB moved"] = products + attention + copies
+    for name, calls in rows.items():
         milliseconds, said = sustained(calls, bench.seconds)
-        print(f"{name:<14}{milliseconds * site.accumulation:9.2f} ms a step; {said}", flush=True)
+        print(f"{name:<20}{milliseconds * site.accumulation:9.2f} ms a step; {said}", flush=True)
 
 
-def product_calls(config: Config, rows: int) -> list[tuple[Callable, int]]:
-    """(what calls a product, times a microbatch): forward, gradient of the input, gradient of the matrix, as the step has them."""
+Calls = list[tuple[Callable[[], Any], int]]
+"""What is called, and how many times a microbatch."""
+
+
+def product_calls(config: Config, site: Any) -> Calls:
+    """Forward, gradient of the input, gradient of the matrix, as the step has them; those of the blocks in its precision."""
     import jax
     import jax.numpy as jnp
 
-    c, tokens = config.model, rows * config.model.seq_len
+    from nanojax.ops.fp8_dot import E4M3, E5M2
+
+    c, tokens = config.model, site.rows * config.model.seq_len
     heads, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
     up = (2 if c.ffn == "swiglu" else 1) * c.hidden
     forward = [(c.width, heads), (c.width, keys), (c.width, keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
     backward = [(c.width, heads + 2 * keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
-    drawn: dict[tuple[int, ...], Any] = {}
 
-    def normal(*shape: int) -> Any:
-        if shape not in drawn:
-            drawn[shape] = jax.random.normal(jax.random.key(len(drawn)), shape, jnp.bfloat16)
-        return drawn[shape]
+    @functools.cache
+    def normal(shape: tuple[int, int], dtype: Any) -> Any:
+        return jax.random.normal(jax.random.key(sum(shape)), shape, jnp.bfloat16).astype(dtype)
 
-    ways = [jax.jit(lambda x, w, how=how: jnp.einsum(how, x, w)) for how in ("ni,io->no", "no,io->ni", "ni,no->io")]
+    def calls(n: int, i: int, o: int, passes: Sequence[int], kinds: tuple[Any, Any]) -> list[Callable]:
+        (values, gradients), eight = kinds, kinds[0] != jnp.bfloat16
+        # Tensor cores of 8 bits read both operands along what is summed over, and get them as the step makes them.
+        ways = ("ni,oi->no", "no,io->ni", "in,on->io") if eight else ("ni,io->no", "no,io->ni", "ni,no->io")
+        sizes, types = dict(n=n, i=i, o=o), ((values, values), (gradients, values), (values, gradients))
+        made = []
+        for way, kind in ((ways[p], types[p]) for p in passes):
+            x, w = (normal(tuple(sizes[letter] for letter in term), dtype) for term, dtype in zip(way[:5].split(","), kind, strict=True))
+            made.append(functools.partial(jax.jit(functools.partial(multiplied, way)), x, w))
+        return made
 
-    def calls(n: int, i: int, o: int, passes: Sequence[int]) -> list[Callable]:
-        arguments = (normal(n, i), normal(i, o)), (normal(n, o), normal(i, o)), (normal(n, i), normal(n, o))
-        return [lambda p=p: ways[p](*arguments[p]) for p in passes]
-
-    made = [(call, c.depth) for i, o in forward for call in calls(tokens, i, o, [0])]
-    made += [(call, c.depth) for i, o in backward for call in calls(tokens, i, o, [1, 2])]
-    blocks = config.train.loss_blocks
-    return made + [(call, blocks) for call in calls(tokens // blocks, c.width, c.vocab_size, [0, 1, 2])]
+    blocks, plain = config.train.loss_blocks, (jnp.bfloat16, jnp.bfloat16)
+    kinds = (E4M3, E5M2) if site.precision == "fp8" else plain
+    made = [(call, c.depth) for i, o in forward for call in calls(tokens, i, o, [0], kinds)]
+    made += [(call, c.depth) for i, o in backward for call in calls(tokens, i, o, [1, 2], kinds)]
+    return made + [(call, blocks) for call in calls(tokens // blocks, c.width, c.vocab_size, [0, 1, 2], plain)]
 
 
-def attention_calls(config: Config, site: Any) -> list[tuple[Callable, int]]:
-    """(what calls attention with its gradient, times a microbatch), for each window."""
+def multiplied(subscripts: str, a: Any, b: Any) -> Any:
+    """An einsum in bfloat16; of two in 8 bits by a product of 8 bits."""
+    import jax.numpy as jnp
+
+    from nanojax.ops.fp8_dot import Scaled, product
+
+    if a.dtype == jnp.bfloat16:
+        return jnp.einsum(subscripts, a, b)
+    return product(subscripts, Scaled(a, jnp.float32(1)), Scaled(b, jnp.float32(1)), jnp.bfloat16)
+
+
+def copy_calls(config: Config, rows: int, moved: float) -> Calls:
+    """Copies of a microbatch's stream that together read and write so many bytes, to the nearest."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones((rows * config.model.seq_len, config.model.width), jnp.bfloat16)
+    copy = jax.jit(lambda x: x + 1)
+    return [(lambda: copy(x), max(1, round(moved / (2 * x.nbytes))))]
+
+
+def attention_calls(config: Config, site: Any) -> Calls:
+    """Attention with its gradient, for each window."""
     import jax
     import jax.numpy as jnp
 
@@ -108,15 +147,16 @@ def attention_calls(config: Config, site: Any) -> list[tuple[Callable, int]]:
     return [(call(window), count) for window, count in Counter(c.windows).items()]
 
 
-def sustained(calls: list[tuple[Callable, int]], seconds: float) -> tuple[float, str]:
-    """(milliseconds of a microbatch, clock and power), the first half of the time dropped."""
+def sustained(calls: Calls, seconds: float) -> tuple[float, str]:
+    """(milliseconds of a microbatch, clock and power), the first half of the time dropped. Calls are spread over the microbatch evenly."""
     import jax
+
+    turns = sorted(((turn + 0.5) / times, i) for i, (_, times) in enumerate(calls) for turn in range(times))
 
     def microbatch() -> Any:
         last = None
-        for call, times in calls:
-            for _ in range(times):
-                last = call()
+        for _, i in turns:
+            last = calls[i][0]()
         return last
 
     before, began, stamps = jax.block_until_ready(microbatch()), time.perf_counter(), []

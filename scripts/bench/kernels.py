@@ -113,19 +113,18 @@ def swiglu_down_case(both: Any, width: int) -> Case:
     return Case(f"swiglu_down {list(both.shape)}", swiglu_down, lambda both, w: swiglu(both) @ w, (both, down), moved)
 
 
-def rounding(way: Callable, work: Any, dtype: Any, scale: Any, *xs: Any) -> Any:
+def rounding(way: Callable, work: Any, dtype: Any, *xs: Any) -> Any:
     """`both_ways` or its reference, of tensors that come last."""
-    return way(work, xs, scale, dtype)
+    return way(work, xs, dtype)
 
 
 def rounding_cases(both: Any) -> Iterator[Case]:
     """To 8 bits, of gates and ups side by side and of what SwiGLU makes of them."""
-    import jax.numpy as jnp
 
     from nanojax.ops.fp8_dot import E4M3, E5M2, SWIGLU, SWIGLU_BACKWARD
     from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
 
-    scale, half = jnp.float32(2**-6), both[..., : both.shape[-1] // 2]
+    half = both[..., : both.shape[-1] // 2]
     for name, work, xs, dtype in (
         ("", GIVEN, (both,), E4M3),
         ("", GIVEN, (both,), E5M2),
@@ -135,8 +134,8 @@ def rounding_cases(both: Any) -> Iterator[Case]:
         made = half.size if work is SWIGLU else both.size  # numbers, each written twice
         yield Case(
             f"both_ways{name} {list(both.shape)} {dtype.__name__}",
-            functools.partial(rounding, both_ways, work, dtype, scale),
-            functools.partial(rounding, both_ways_reference, work, dtype, scale),
+            functools.partial(rounding, both_ways, work, dtype),
+            functools.partial(rounding, both_ways_reference, work, dtype),
             xs,
             sum(x.nbytes for x in xs) + 2 * made,
             passes="forward",
