@@ -38,6 +38,8 @@ OWN_PRODUCTS = "mosaic_gpu"
 """Of ops/kernels/wgmma.py."""
 OWN_NAMES = ("down_backward",)
 """Their kernels, products of the first operand [M, K] and the second [K, N]."""
+OWN_CHECKS = ("round_again",)
+"""Own kernels that most often read their first two operands and leave the others alone."""
 MATMUL_TARGETS = ("__cublas$", "__onednn$matmul", "__cudnn$blockScaledDot")
 
 
@@ -238,6 +240,8 @@ def _bytes(instruction: _Instruction, within: Computation, inner: Computation) -
         return 0
     operands = [within[name] for name in instruction.operands if name in within]
     read = [sum(map(size_of, operand.shapes)) for operand in operands]
+    if any(f"/{name}/" in _scope(instruction) for name in OWN_CHECKS):
+        return sum(read[:2])
     written = sum(map(size_of, instruction.shapes))
     scratch = sum(size_of(shape) for shape in instruction.shapes[1:] if shape[0] in ("s8", "u8")) if _target(instruction) else 0
     if instruction.opcode == "dynamic-slice":

@@ -6,6 +6,7 @@ What a step would take if all else were free, or moved so many bytes: a GPU at i
 from __future__ import annotations
 
 import functools
+import itertools
 import subprocess
 import sys
 import time
@@ -72,12 +73,15 @@ def product_calls(config: Config, site: Any) -> Calls:
     import jax.numpy as jnp
 
     from nanojax.ops.fp8_dot import E4M3, E5M2
+    from nanojax.run_kind import USUAL
 
     c, tokens = config.model, site.rows * config.model.seq_len
     heads, keys = c.n_head * c.head_dim, c.kv_heads * c.head_dim
     up = (2 if c.ffn == "swiglu" else 1) * c.hidden
     forward = [(c.width, heads), (c.width, keys), (c.width, keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
     backward = [(c.width, heads + 2 * keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
+
+    options, one = USUAL.options(site.platform), jnp.float32(1)
 
     @functools.cache
     def normal(shape: tuple[int, int], dtype: Any) -> Any:
@@ -91,7 +95,8 @@ def product_calls(config: Config, site: Any) -> Calls:
         made = []
         for way, kind in ((ways[p], types[p]) for p in passes):
             x, w = (normal(tuple(sizes[letter] for letter in term), dtype) for term, dtype in zip(way[:5].split(","), kind, strict=True))
-            made.append(functools.partial(jax.jit(functools.partial(multiplied, way)), x, w))
+            multiply = jax.jit(functools.partial(multiplied, way), compiler_options=options)
+            made.append(functools.partial(multiply, x, w, one))
         return made
 
     blocks, plain = config.train.loss_blocks, (jnp.bfloat16, jnp.bfloat16)
@@ -101,25 +106,25 @@ def product_calls(config: Config, site: Any) -> Calls:
     return made + [(call, blocks) for call in calls(tokens // blocks, c.width, c.vocab_size, [0, 1, 2], plain)]
 
 
-def multiplied(subscripts: str, a: Any, b: Any) -> Any:
-    """An einsum in bfloat16; of two in 8 bits by a product of 8 bits."""
+def multiplied(subscripts: str, a: Any, b: Any, scale: Any) -> Any:
+    """An einsum in bfloat16; of two in 8 bits, both over the scale, by a product of 8 bits."""
     import jax.numpy as jnp
 
     from nanojax.ops.fp8_dot import Scaled, product
 
-    if a.dtype == jnp.bfloat16:
-        return jnp.einsum(subscripts, a, b)
-    return product(subscripts, Scaled(a, jnp.float32(1)), Scaled(b, jnp.float32(1)), jnp.bfloat16)
+    return (
+        jnp.einsum(subscripts, a, b) if a.dtype == jnp.bfloat16 else product(subscripts, Scaled(a, scale), Scaled(b, scale), jnp.bfloat16)
+    )
 
 
 def copy_calls(config: Config, rows: int, moved: float) -> Calls:
-    """Copies of a microbatch's stream that together read and write so many bytes, to the nearest."""
+    """Copies of a microbatch's stream that together read and write so many bytes, to the nearest; of several in turns, past every cache."""
     import jax
     import jax.numpy as jnp
 
-    x = jnp.ones((rows * config.model.seq_len, config.model.width), jnp.bfloat16)
-    copy = jax.jit(lambda x: x + 1)
-    return [(lambda: copy(x), max(1, round(moved / (2 * x.nbytes))))]
+    streams = [jnp.full((rows * config.model.seq_len, config.model.width), i, jnp.bfloat16) for i in range(6)]
+    copy, turns = jax.jit(lambda x: x + 1), itertools.cycle(streams)
+    return [(lambda: copy(next(turns)), max(1, round(moved / (2 * streams[0].nbytes))))]
 
 
 def attention_calls(config: Config, site: Any) -> Calls:

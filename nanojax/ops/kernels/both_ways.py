@@ -20,8 +20,8 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
 
-SIDE, WARPS = 128, 8  # of the square that an instance turns, half of it where there are two, and of an instance (scripts/bench/LOG.md)
-EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large (scripts/bench/LOG.md)
+SIDE, WARPS = 128, 8  # of the square that an instance turns, of half as many tokens where there are two, and of an instance (LOG.md)
+EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large (LOG.md)
 PROGRAMS = 256  # instances that look whether all fitted: most often they have nothing to do
 AT_ONCE = 4096  # numbers of which the largest is looked for
 MANTISSA = (1 << 23) - 1  # the bits of float32 that a power of two has not
@@ -89,9 +89,9 @@ def both_ways(
     """
     rows, turned = [ROWS for _ in xs], (None, *PARTS)
     seen_S = seen(work, xs)
-    *made, largest = spread(functools.partial(_call, work, dtype, interpret), ((), *rows), [ROWS, turned, PARTS])(seen_S, *xs)
+    *first, largest = spread(functools.partial(_call, work, dtype, interpret), ((), *rows), [ROWS, turned, PARTS])(seen_S, *xs)
     again = spread(functools.partial(_call_again, work, interpret), ((), (), ROWS, turned, *rows), [ROWS, turned, ()])
-    values, turned, scale = again(seen_S, largest, *made, *xs)
+    values, turned, scale = again(seen_S, largest, *first, *xs)
     return values, turned, scale[0]
 
 
@@ -99,7 +99,7 @@ def _squares(work: Work, xs: Sequence[Array]) -> tuple[list[Array], tuple[int, i
     """(arrays [N, parts, I / parts], sides of a square, squares down and across): all sides are powers of two."""
     flat = [x.reshape(-1, count, x.shape[-1] // count) for x, count in zip(xs, work.reads, strict=True)]
     size = flat[0].shape[0], flat[0].shape[2]
-    down, across = (min(SIDE // work.makes, n & -n) for n in size)
+    down, across = (min(side, n & -n) for side, n in zip((SIDE // work.makes, SIDE), size, strict=True))
     return flat, (down, across), (size[0] // down, size[1] // across)
 
 
@@ -138,7 +138,7 @@ def _call_again(
     written = values.reshape(n, work.makes, columns), turned.reshape(work.makes, columns, n)
     inputs = (seen_S, largest, *written, *flat)
     results = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written), jax.ShapeDtypeStruct((1,), jnp.float32)]
-    made = pl.pallas_call(
+    values_NPI, turned_PIN, scale = pl.pallas_call(
         functools.partial(_round_again, work, xs[0].dtype, sides, grid),
         out_shape=results,
         grid=(min(PROGRAMS, grid[0] * grid[1]),),
@@ -149,7 +149,7 @@ def _call_again(
         name="round_again",
         interpret=interpret,
     )(*inputs)
-    return made[0].reshape(values.shape), made[1].reshape(turned.shape), made[2]
+    return values_NPI.reshape(values.shape), turned_PIN.reshape(turned.shape), scale
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
