@@ -112,6 +112,10 @@ class Site:
             "batch": f"{self.accumulation} x {self.rows} rows of {self.config.model.seq_len} tokens",
         }
 
+    def require_trainable(self) -> None:
+        """Raise UserError on devices that the precision cannot be trained on."""
+        require_precision(self.precision, self.request, self.mesh.devices.flat[0].device_kind)
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -148,10 +152,6 @@ class Program(Site):
         """How near to the reference the attention is on this device, in words. Raises UserError, naming it, where it is wrong or fails."""
         with attention_told():
             return f"attention: {self.attention} is at {self_test(self.attention, self.request):.0%} of the tolerated deviation"
-
-    def require_trainable(self) -> None:
-        """Raise UserError on devices that the precision cannot be trained on."""
-        require_precision(self.precision, self.request, self.mesh.devices.flat[0].device_kind)
 
     def compile_step(self, step: int = 1) -> jax.stages.Compiled:
         """The compiled step number `step`. Nothing is allocated, and the first real step compiles nothing more.

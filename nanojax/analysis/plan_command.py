@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
     from nanojax.analysis import plan
     from nanojax.mesh import make_mesh
-    from nanojax.program import keep_compiled_programs
+    from nanojax.program import choose_site, keep_compiled_programs
     from nanojax.sizes import count_parameters, resolve
     from nanojax.telemetry import gib
 
@@ -98,6 +99,8 @@ def main(argv: Sequence[str]) -> None:
     if not sizes:
         rows = resolved.batch_tokens // resolved.model.seq_len
         raise UserError(f"a step must have a row for each of {len(devices)} devices, and has {rows}; raise --batch-tokens")
+    train = dataclasses.replace(resolved.train, micro_batch=sizes[0])
+    choose_site(dataclasses.replace(resolved, train=train), devices).require_trainable()
     where = f"{len(devices)} x {devices[0].device_kind}{'' if command.target == 'here' else ', which are not here'}"
     print(f"{count_parameters(resolved.model).total:,} parameters; compiled on this machine's {jax.default_backend()} for {where}")
     print(f"{gib(limit)} of each may be allocated\n")

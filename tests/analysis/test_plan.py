@@ -134,6 +134,12 @@ def test_what_cannot_fit_is_refused_with_a_remedy(preset):
         main([preset, "--devices", "0"])
 
 
+def test_a_precision_that_devices_have_not_is_refused_before_a_line(preset, capsys):
+    with pytest.raises(UserError, match="precision=fp8 is trained on NVIDIA GPUs"):
+        main([preset, "--memory", "1GiB", "--precision", "fp8"])
+    assert not capsys.readouterr().out
+
+
 def test_training_refuses_what_cannot_fit_and_says_what_would(monkeypatch):
     program = make_program(
         resolve(dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, micro_batch=8)), 256), jax.devices()[:1]

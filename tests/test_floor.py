@@ -1,0 +1,72 @@
+"""The bench of what a step would take at least: that its products are the step's."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nanojax.config import Config, ModelConfig, TrainConfig
+from nanojax.errors import UserError
+from nanojax.program import choose_site
+from nanojax.sizes import resolve
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
+import floor
+
+CONFIG = resolve(
+    Config(
+        model=ModelConfig(depth=3, d_model=64, head_dim=16, n_kv_head=2, d_ffn=96, seq_len=32, vocab_size=256),
+        train=TrainConfig(batch_tokens=256, micro_batch=2, loss_blocks=2),
+    ),
+    256,
+)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_the_products_of_a_microbatch_are_those_of_its_step(precision):
+    """Six operations for each weight of a product and token: Kaplan et al. 2020, arXiv:2001.08361, section 2.1."""
+    site = dataclasses.replace(choose_site(CONFIG, jax.devices()[:1]), precision=precision)
+    operations, eight = 0, 0
+    for call, times in floor.product_calls(CONFIG, site):
+        x, w, _ = call.args
+        y = call()
+        assert y.dtype == jnp.bfloat16
+        operations += (
+            times * 2 * round((x.size * w.size * y.size) ** 0.5)
+        )  # rows, columns and what is summed over, each twice among the three
+        eight += x.dtype != jnp.bfloat16
+    c, d = CONFIG.model, CONFIG.model.width
+    weights = c.depth * (2 * d * d + 2 * d * 32 + 3 * d * 96) + d * 256
+    assert operations == 6 * weights * site.rows * c.seq_len
+    assert eight == (14 if precision == "fp8" else 0)  # six forward, four twice back
+
+
+def test_what_is_called_is_spread_over_a_microbatch():
+    called = []
+    floor.sustained([(lambda: called.append("product"), 4), (lambda: called.append("copy"), 2)], seconds=1e-3)
+    assert called[:6] == ["product", "copy", "product", "product", "copy", "product"]
+
+
+def test_copies_move_as_many_bytes_as_are_asked_for():
+    ((copy, times),) = floor.copy_calls(CONFIG, rows=2, moved=1e6)
+    size = copy().nbytes
+    assert abs(times * 2 * size - 1e6) <= size
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--seconds 0", "--seconds is a finite time above 0, given 0"),
+        ("--moved 10 -1", "--moved are finite numbers of GB above 0, given 10.0 -1.0; leave it out for none"),
+        ("--moved nan", "--moved are finite numbers"),
+        ("", "this asks what a GPU reaches at its power limit, and the device is a cpu"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        floor.main(words.split())
