@@ -52,10 +52,13 @@ def test_what_is_called_is_spread_over_a_microbatch():
     assert called[:6] == ["product", "copy", "product", "product", "copy", "product"]
 
 
-def test_copies_move_as_many_bytes_as_are_asked_for():
-    ((copy, times),) = floor.copy_calls(CONFIG, rows=2, moved=1e6)
+@pytest.mark.parametrize("asked", [1e6, 1.0])
+def test_copies_say_what_they_move(asked):
+    """To the nearest, and one at least."""
+    ((copy, times),), moved = floor.copy_calls(CONFIG, rows=2, moved=asked)
     size = copy().nbytes
-    assert abs(times * 2 * size - 1e6) <= size
+    assert moved == times * 2 * size
+    assert times == 1 or abs(moved - asked) <= size
 
 
 @pytest.mark.parametrize(

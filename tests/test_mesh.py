@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from nanojax.mesh import (
     make_mesh,
     moment_shardings,
     parameter_shardings,
+    per_device,
     per_shard,
     place,
     replicated,
@@ -31,6 +33,7 @@ from nanojax.mesh import (
 )
 from nanojax.model import GPT, split
 from nanojax.ops.attention import reference_attention
+from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
 from nanojax.sizes import resolve
 
 STEPS = 20
@@ -161,10 +164,29 @@ def per_shard_attention() -> dict:
     return {"off": off, "seen": sorted(seen), "collectives": collectives(text, mesh), "specs": [str(x.sharding.spec) for x in got]}
 
 
+def rounding() -> dict[str, list]:
+    """Of a tensor whose last device has the one number that no token seen first tells of: the scale on one device and on eight, how many
+    numbers differ, and how many of those that are turned, which follow one another by device.
+    """
+    mesh, found = make_mesh({"data": 2, "fsdp": 2, "context": 2}), {}
+    x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((8, 128, 32)), jax.numpy.bfloat16)
+    for name, value in {"fits": 3.0, "does not fit": 1e6, "is no number": np.nan}.items():
+        part = x.at[-1, -1, -1].set(value)
+        one = both_ways_reference(GIVEN, (part,), jax.numpy.float8_e4m3fn)
+        with jax.set_mesh(mesh):
+            spread = functools.partial(per_device, mesh=mesh)
+            eight = jax.jit(lambda x, s=spread: both_ways(GIVEN, (x,), jax.numpy.float8_e4m3fn, interpret=True, spread=s))(part)
+        values, turned, scale = (np.asarray(y) for y in eight)
+        by_device = values.reshape(4, 2, 2, 64, 32).swapaxes(1, 2).reshape(-1, 32).T  # rows over data and fsdp, then tokens over context
+        off = [int((a.view(np.uint8) != b.view(np.uint8)).sum()) for a, b in ((values, np.asarray(one[0])), (turned, by_device))]
+        found[name] = [str(one[2]), str(scale), *off]
+    return found
+
+
 def measure() -> dict:
     """Everything that the tests below look at."""
     runs = {"one": train("data=1", jax.devices()[:1]), "eight": train("data=2,fsdp=2,tensor=2", jax.devices())}
-    return runs | {"per_shard": per_shard_attention()}
+    return runs | {"per_shard": per_shard_attention(), "rounding": rounding()}
 
 
 # In pytest -----------------------------------------------------------------------------------------------------------------------------
@@ -188,6 +210,13 @@ def test_attention_per_shard_is_attention_and_devices_say_nothing_to_each_other(
     assert found["seen"] == ["((2, 12, 2, 16), (2, 12, 1, 16), (2, 12))"]
     assert set().union(*found["collectives"].values()) <= {"none"}  # sums over context, which is one device
     assert len({spec.replace(", None", "") for spec in found["specs"]}) == 1, found["specs"]
+
+
+def test_devices_agree_on_a_scale_and_turn_what_they_have(runs):
+    found = runs["rounding"]
+    assert found["fits"] == [str(4 * 2**-7)] * 2 + [0, 0]  # what is seen first is 1.75 to 3.5 at most
+    assert found["does not fit"] == ["4096.0"] * 2 + [0, 0]  # 1e6 / 448 lies between 2048 and 4096
+    assert found["is no number"][:2] == ["nan", "nan"]
 
 
 def test_on_one_device_attention_is_called_as_it_is(mesh):

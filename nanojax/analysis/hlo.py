@@ -39,7 +39,7 @@ OWN_PRODUCTS = "mosaic_gpu"
 OWN_NAMES = ("down_backward",)
 """Their kernels, products of the first operand [M, K] and the second [K, N]."""
 OWN_CHECKS = ("round_again",)
-"""Own kernels that most often read their first two operands and leave the others alone."""
+"""Own kernels, of ops/kernels/both_ways.py, that most often read their first two operands and leave the others alone."""
 MATMUL_TARGETS = ("__cublas$", "__onednn$matmul", "__cudnn$blockScaledDot")
 
 

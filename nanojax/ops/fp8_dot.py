@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.dot import dot
-from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, narrowed, scale_for
+from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, narrowed, scale_for, size_of
 from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
 from nanojax.ops.products import Products, multiply
 
@@ -51,11 +51,11 @@ def fp8_dot(
 
 def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     """The nearest values in an 8-bit type; NaN where x is not finite."""
-    scale = scale_for(jnp.max(jnp.abs(x)), dtype)
+    scale = scale_for(jnp.max(size_of(x)), dtype)
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
-def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
+def to_fp8_both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
     """What work makes, in 8 bits, and the same turned: operands are read along what is summed over, which differs forward and backward."""
     values_BTI, turned_IN, scale = rounded(work, xs, dtype)
     return Scaled(values_BTI, scale), Scaled(turned_IN, scale)
@@ -74,7 +74,7 @@ def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
 def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
     """x @ w for each matrix, all with one scale; x is what work makes of xs."""
     dtype = xs[0].dtype
-    (x, turned), w = both_ways(work, xs, E4M3, rounded), to_fp8(jnp.concatenate(ws, axis=1), E4M3)
+    (x, turned), w = to_fp8_both_ways(work, xs, E4M3, rounded), to_fp8(jnp.concatenate(ws, axis=1), E4M3)
     parts = jnp.split(w.values, list(itertools.accumulate(w_IO.shape[1] for w_IO in ws))[:-1], axis=1)
     return tuple(product("BTI,IO->BTO", x, Scaled(part, w.scale), dtype) for part in parts), (turned, w)
 
@@ -82,7 +82,7 @@ def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], rounded: Round, work: 
 def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
     """The gradients of x and of the matrices side by side; dy [B, T, Y] is what work makes of dys."""
     (x, w), dtype = kept, dys[0].dtype
-    dy, turned = both_ways(work, dys, E5M2, rounded)
+    dy, turned = to_fp8_both_ways(work, dys, E5M2, rounded)
     return product("BTY,IY->BTI", dy, w, dtype), product("IN,YN->IY", x, turned, dtype)
 
 

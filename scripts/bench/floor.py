@@ -38,7 +38,9 @@ class Bench:
 
 
 def main(argv: Sequence[str]) -> None:
-    """Print milliseconds a step of products alone, of attention alone, and of both in turns, with clock and power at their ends."""
+    """Print milliseconds a step of products alone, of attention alone, of both in turns, and with --moved also with copies between them;
+    with clock and power at their ends.
+    """
     config, rest = split_preset(argv)
     bench = parse(Bench, rest, prog="floor.py [PRESET.py]", description=main.__doc__ or "", default=Bench(config=config))
 
@@ -56,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
     print(f"{device.device_kind}, {site.accumulation} x {site.rows} rows, attention {site.attention}, block products in {site.precision}")
     rows = {"products": products, "attention": attention, "both in turns": products + attention}
     for gigabytes in bench.moved:
-        copies = copy_calls(config, site.rows, 1e9 * gigabytes / site.accumulation)
-        rows[f"and {gigabytes:g} GB moved"] = products + attention + copies
+        copies, moved = copy_calls(config, site.rows, 1e9 * gigabytes / site.accumulation)
+        rows[f"and {moved * site.accumulation / 1e9:.4g} GB moved"] = products + attention + copies
     for name, calls in rows.items():
         milliseconds, said = sustained(calls, bench.seconds)
         print(f"{name:<20}{milliseconds * site.accumulation:9.2f} ms a step; {said}", flush=True)
@@ -81,25 +83,28 @@ def product_calls(config: Config, site: Any) -> Calls:
     forward = [(c.width, heads), (c.width, keys), (c.width, keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
     backward = [(c.width, heads + 2 * keys), (heads, c.width), (c.width, up), (c.hidden, c.width)]
 
-    options, one = USUAL.options(site.platform), jnp.float32(1)
+    options = USUAL.options(site.platform)
+    one = jnp.float32(1)
 
     @functools.cache
     def normal(shape: tuple[int, int], dtype: Any) -> Any:
         return jax.random.normal(jax.random.key(sum(shape)), shape, jnp.bfloat16).astype(dtype)
 
     def calls(n: int, i: int, o: int, passes: Sequence[int], kinds: tuple[Any, Any]) -> list[Callable]:
-        (values, gradients), eight = kinds, kinds[0] != jnp.bfloat16
+        sizes, (values, gradients) = dict(n=n, i=i, o=o), kinds
+        types = (values, values), (gradients, values), (values, gradients)
         # Tensor cores of 8 bits read both operands along what is summed over, and get them as the step makes them.
-        ways = ("ni,oi->no", "no,io->ni", "in,on->io") if eight else ("ni,io->no", "no,io->ni", "ni,no->io")
-        sizes, types = dict(n=n, i=i, o=o), ((values, values), (gradients, values), (values, gradients))
+        ways = ("ni,io->no", "no,io->ni", "ni,no->io") if values == jnp.bfloat16 else ("ni,oi->no", "no,io->ni", "in,on->io")
         made = []
-        for way, kind in ((ways[p], types[p]) for p in passes):
-            x, w = (normal(tuple(sizes[letter] for letter in term), dtype) for term, dtype in zip(way[:5].split(","), kind, strict=True))
-            multiply = jax.jit(functools.partial(multiplied, way), compiler_options=options)
+        for p in passes:
+            terms = ways[p].split("->")[0].split(",")
+            x, w = (normal(tuple(sizes[letter] for letter in term), dtype) for term, dtype in zip(terms, types[p], strict=True))
+            multiply = jax.jit(functools.partial(multiplied, ways[p]), compiler_options=options)
             made.append(functools.partial(multiply, x, w, one))
         return made
 
-    blocks, plain = config.train.loss_blocks, (jnp.bfloat16, jnp.bfloat16)
+    blocks = config.train.loss_blocks
+    plain = jnp.bfloat16, jnp.bfloat16
     kinds = (E4M3, E5M2) if site.precision == "fp8" else plain
     made = [(call, c.depth) for i, o in forward for call in calls(tokens, i, o, [0], kinds)]
     made += [(call, c.depth) for i, o in backward for call in calls(tokens, i, o, [1, 2], kinds)]
@@ -107,24 +112,28 @@ def product_calls(config: Config, site: Any) -> Calls:
 
 
 def multiplied(subscripts: str, a: Any, b: Any, scale: Any) -> Any:
-    """An einsum in bfloat16; of two in 8 bits, both over the scale, by a product of 8 bits."""
+    """An einsum in bfloat16; of two in 8 bits, both times the scale, by a product of 8 bits."""
     import jax.numpy as jnp
 
     from nanojax.ops.fp8_dot import Scaled, product
 
-    return (
-        jnp.einsum(subscripts, a, b) if a.dtype == jnp.bfloat16 else product(subscripts, Scaled(a, scale), Scaled(b, scale), jnp.bfloat16)
-    )
+    if a.dtype == jnp.bfloat16:
+        return jnp.einsum(subscripts, a, b)
+    return product(subscripts, Scaled(a, scale), Scaled(b, scale), jnp.bfloat16)
 
 
-def copy_calls(config: Config, rows: int, moved: float) -> Calls:
-    """Copies of a microbatch's stream that together read and write so many bytes, to the nearest; of several in turns, past every cache."""
+def copy_calls(config: Config, rows: int, moved: float) -> tuple[Calls, int]:
+    """(copies of a microbatch's stream, one or more, that read and write so many bytes, to the nearest; bytes that they do).
+
+    Of several in turns, past every cache.
+    """
     import jax
     import jax.numpy as jnp
 
     streams = [jnp.full((rows * config.model.seq_len, config.model.width), i, jnp.bfloat16) for i in range(6)]
     copy, turns = jax.jit(lambda x: x + 1), itertools.cycle(streams)
-    return [(lambda: copy(next(turns)), max(1, round(moved / (2 * streams[0].nbytes))))]
+    times = max(1, round(moved / (2 * streams[0].nbytes)))
+    return [(lambda: copy(next(turns)), times)], times * 2 * streams[0].nbytes
 
 
 def attention_calls(config: Config, site: Any) -> Calls:

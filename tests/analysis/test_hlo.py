@@ -48,7 +48,8 @@ GPU = """HloModule jit_step
   %dy = bf16[32,32]{1,0} constant({...})
   %ended = bf16[32,256]{1,0} custom-call(%dy, %dw, %kept), custom_call_target="mosaic_gpu_v2", metadata={op_name="jit(step)/jit(wrapper)/down_backward/mpmd_map"}
   %seen = f32[8]{0} constant({...})
-  %again = (bf16[32,256]{1,0}, f32[1]{0}) custom-call(%seen, %seen, %kept), custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{0}: (2, {})}, metadata={op_name="jit(step)/round_again/pallas_call"}
+  %found = f32[100]{0} constant({...})
+  %again = (bf16[32,256]{1,0}, f32[1]{0}) custom-call(%seen, %found, %kept), custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{0}: (2, {})}, metadata={op_name="jit(step)/round_again/pallas_call"}
   %parts = bf16[8,16,32]{2,1,0} constant({...})
   %address_computation = bf16[16,64]{1,0} fusion(%parts, %w), kind=kCustom, calls=%fused_call
   ROOT %out = (s32[], bf16[16,32]{1,0}) tuple(%i, %x)
@@ -84,7 +85,7 @@ def test_operations_of_a_gpu_program_by_hand():
     assert sdpa.recomputed
     assert not mm.recomputed
     assert ops["ended"].flops == 2 * 32 * 128 * 32  # not of what is read at its end, were there as many rows as are summed over
-    assert ops["again"].bytes == 2 * 4 * 8  # it looks whether there is anything to do, which is rare
+    assert ops["again"].bytes == 4 * (8 + 100)  # it looks whether there is anything to do, which is rare
     wrapping = ops["address_computation"]
     assert (wrapping.wrapped, wrapping.target, wrapping.flops, mm.wrapped) == ("inner", mm.target, mm.flops, "")
     assert cut.bytes == 64 * 32 * (2 + 4) + 4  # the slice, the result, the index

@@ -20,10 +20,12 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
 
-SIDE, WARPS = 128, 8  # of the square that an instance turns, of half as many tokens where there are two, and of an instance (LOG.md)
-EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large (LOG.md)
+# What else was tried is in scripts/bench/LOG.md.
+SIDE = 128  # columns of the square that an instance turns, and its tokens, divided by the squares
+WARPS = 8  # of an instance
+EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large
 PROGRAMS = 256  # instances that look whether all fitted: most often they have nothing to do
-AT_ONCE = 4096  # numbers of which the largest is looked for
+AT_ONCE = 4096  # sizes that such an instance loads at a time
 MANTISSA = (1 << 23) - 1  # the bits of float32 that a power of two has not
 
 
@@ -61,9 +63,15 @@ def scale_for(largest: Float[Array, ""], dtype: DTypeLike) -> Float[Array, ""]:
     return jnp.where(largest < jnp.inf, jnp.clip(power, 2.0**-126, 2.0**126), jnp.nan)
 
 
+def size_of(x: Array) -> Array:
+    """|x|, infinite where x is not a number: a maximum may pass over NaN, on CPUs and GPUs."""
+    size = jnp.abs(x)
+    return jnp.where(size < jnp.inf, size, jnp.inf)
+
+
 def largest_of(parts: Sequence[Array]) -> Array:
-    """The largest absolute value along the last axis of arrays of one shape; NaN where there is one."""
-    return jnp.max(functools.reduce(jnp.maximum, map(jnp.abs, parts)), axis=-1)
+    """The largest size along the last axis of arrays of one shape."""
+    return jnp.max(functools.reduce(jnp.maximum, map(size_of, parts)), axis=-1)
 
 
 def seen(work: Work, xs: Sequence[Float[Array, "B T _"]]) -> Float[Array, " S"]:
@@ -85,7 +93,8 @@ def both_ways(
     """(what `work` makes of xs over the scale, rounded; the same turned; the scale, float32).
 
     The scale is a power of two: the smallest that lets all into the type or, where that is larger, `ROOM` times the smallest for every
-    `EVERY`th token; NaN where anything is not finite. Tokens that lie on several devices follow one another by device.
+    `EVERY`th token; NaN where anything is not finite, and then the numbers mean nothing. Tokens that lie on several devices follow one
+    another by device.
     """
     rows, turned = [ROWS for _ in xs], (None, *PARTS)
     seen_S = seen(work, xs)
@@ -136,7 +145,7 @@ def _call_again(
     flat, sides, grid = _squares(work, xs)
     n, _, columns = flat[0].shape
     written = values.reshape(n, work.makes, columns), turned.reshape(work.makes, columns, n)
-    inputs = (seen_S, largest, *written, *flat)
+    inputs = (seen_S, largest, *written, *flat)  # the first two are always read (analysis/hlo.py)
     results = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written), jax.ShapeDtypeStruct((1,), jnp.float32)]
     values_NPI, turned_PIN, scale = pl.pallas_call(
         functools.partial(_round_again, work, xs[0].dtype, sides, grid),
@@ -153,38 +162,35 @@ def _call_again(
 
 
 def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
+    """An array of which an instance loads what it wants."""
     return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
-def _largest(sizes: Array) -> Array:
-    """A maximum may pass over NaN; here it is infinite."""
-    return jnp.max(jnp.where(sizes < jnp.inf, sizes, jnp.inf))
-
-
-def _largest_in(ref) -> Array:
-    """Of an array of any size."""
+def _largest_in(sizes_ref) -> Array:
+    """The largest of sizes, however many."""
+    (n,) = sizes_ref.shape
+    at_once = min(AT_ONCE, 1 << (n - 1).bit_length())
 
     def larger(i, largest):
-        at = i * size + jnp.arange(size)
-        return jnp.maximum(largest, _largest(triton.load(ref.at[pl.ds(i * size, size)], mask=at < n, other=0.0)))
+        place = i * at_once + jnp.arange(at_once)
+        sizes = triton.load(sizes_ref.at[pl.ds(i * at_once, at_once)], mask=place < n, other=0.0)
+        return jnp.maximum(largest, jnp.max(sizes))
 
-    (n,) = ref.shape
-    size = min(AT_ONCE, 1 << (n - 1).bit_length())
-    return jax.lax.fori_loop(0, -(-n // size), larger, jnp.float32(0))
+    return jax.lax.fori_loop(0, -(-n // at_once), larger, jnp.float32(0))
 
 
 def _round(work: Work, dtype: DTypeLike, across: int, seen_ref, *refs):
     *refs, largest_ref = refs
     scale = ROOM * scale_for(_largest_in(seen_ref), refs[-1].dtype)
     parts = _square(work, dtype, scale, refs, slice(None), slice(None))
-    largest_ref[pl.program_id(0) * across + pl.program_id(1)] = _largest(functools.reduce(jnp.maximum, map(jnp.abs, parts)))
+    largest_ref[pl.program_id(0) * across + pl.program_id(1)] = jnp.max(functools.reduce(jnp.maximum, map(size_of, parts)))
 
 
 def _round_again(work: Work, dtype: DTypeLike, sides: tuple[int, int], grid: tuple[int, int], seen_ref, largest_ref, *refs):
     _, _, *refs, scale_ref = refs  # what is written over is not read
     to, mine, programs = refs[-1].dtype, pl.program_id(0), pl.num_programs(0)
     first, needed = ROOM * scale_for(_largest_in(seen_ref), to), scale_for(_largest_in(largest_ref), to)
-    scale_ref[0] = jnp.where(needed > first, needed, first + 0 * needed)  # NaN if one is
+    scale_ref[0] = jnp.where(needed <= first, first, needed)  # which may be NaN
 
     @pl.when(needed > first)
     def _():
