@@ -93,14 +93,15 @@ def both_ways(
     """(what `work` makes of xs over the scale, rounded; the same turned; the scale, float32).
 
     The scale is a power of two: the smallest that lets all into the type or, where that is larger, `ROOM` times the smallest for every
-    `EVERY`th token; NaN where anything is not finite, and then the numbers mean nothing. Tokens that lie on several devices follow one
-    another by device.
+    `EVERY`th token of a row, or of the part of it that a device has; NaN where anything is not finite, and then the numbers mean nothing.
+    Tokens that lie on several devices follow one another by device.
     """
     rows, turned = [ROWS for _ in xs], (None, *PARTS)
-    seen_S = seen(work, xs)
-    *first, largest = spread(functools.partial(_call, work, dtype, interpret), ((), *rows), [ROWS, turned, PARTS])(seen_S, *xs)
+    # Devices agree by maxima, not by gathering: XLA would gather weights together with what has to be waited for.
+    seen_S = jnp.max(spread(lambda *xs: seen(work, xs)[None], rows, PARTS)(*xs), axis=0)
+    *first, largest_PS = spread(functools.partial(_call, work, dtype, interpret), ((), *rows), [ROWS, turned, PARTS])(seen_S, *xs)
     again = spread(functools.partial(_call_again, work, interpret), ((), (), ROWS, turned, *rows), [ROWS, turned, ()])
-    values, turned, scale = again(seen_S, largest, *first, *xs)
+    values, turned, scale = again(seen_S, jnp.max(largest_PS, axis=0), *first, *xs)
     return values, turned, scale[0]
 
 
@@ -135,7 +136,7 @@ def _call(work: Work, dtype: DTypeLike, interpret: bool, seen_S: Array, *xs: Arr
         name="round_both_ways",
         interpret=interpret,
     )(seen_S, *flat)
-    return values.reshape(*xs[0].shape[:-1], -1), turned.reshape(-1, n), largest
+    return values.reshape(*xs[0].shape[:-1], -1), turned.reshape(-1, n), largest[None]
 
 
 def _call_again(
