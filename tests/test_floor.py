@@ -36,9 +36,8 @@ def test_the_products_of_a_microbatch_are_those_of_its_step(precision):
         x, w, _ = call.args
         y = call()
         assert y.dtype == jnp.bfloat16
-        operations += (
-            times * 2 * round((x.size * w.size * y.size) ** 0.5)
-        )  # rows, columns and what is summed over, each twice among the three
+        sizes = round((x.size * w.size * y.size) ** 0.5)  # rows, columns and what is summed over are each in two of the three
+        operations += times * 2 * sizes
         eight += x.dtype != jnp.bfloat16
     c, d = CONFIG.model, CONFIG.model.width
     weights = c.depth * (2 * d * d + 2 * d * 32 + 3 * d * 96) + d * 256

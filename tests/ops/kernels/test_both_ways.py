@@ -11,14 +11,14 @@ import pytest
 
 from nanojax.ops.fp8_dot import SWIGLU, SWIGLU_BACKWARD
 from nanojax.ops.kernels import both_ways as both_ways_module
-from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference, made
+from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference, made, narrowed
 from nanojax.ops.kernels.swiglu import swiglu_reference
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
 
 def values(shape) -> jax.Array:
-    """Of many magnitudes, some beyond both types and some below their smallest steps."""
+    """Of many magnitudes, beside the largest of which some are below the smallest steps of both types."""
     rng = np.random.default_rng(0)
     return jnp.asarray(rng.standard_normal(shape) * 2.0 ** rng.integers(-20, 20, shape), jnp.bfloat16)
 
@@ -34,6 +34,12 @@ def test_rows_and_columns_are_the_same_numbers_rounded_once(shape, dtype):
         assert a.dtype == dtype
         np.testing.assert_array_equal(a.view(jnp.uint8), b.view(jnp.uint8))
     np.testing.assert_array_equal(got[0].reshape(-1, shape[-1]).T.view(jnp.uint8), got[1].view(jnp.uint8))
+
+
+def test_what_is_beyond_a_type_is_cut_off_at_its_largest_number():
+    x = jnp.asarray([448.0, 449.0, 1e9, -1e9, jnp.inf, 57344.0, 0.3], jnp.float32)
+    assert narrowed(x, jnp.float32(1), E4M3).tolist() == [448, 448, 448, -448, 448, 448, 0.3125]
+    assert narrowed(x * 4, jnp.float32(4), E5M2).tolist() == [448, 448, 57344, -57344, 57344, 57344, 0.3125]
 
 
 def feed_forward_inputs(shape):
