@@ -170,12 +170,13 @@ def rounding() -> dict[str, list]:
     """
     mesh, found = make_mesh({"data": 2, "fsdp": 2, "context": 2}), {}
     x = jax.numpy.asarray(np.random.default_rng(0).standard_normal((8, 128, 32)), jax.numpy.bfloat16)
+    spread = functools.partial(per_device, mesh=mesh)
+    on_eight = jax.jit(lambda x: both_ways(GIVEN, (x,), jax.numpy.float8_e4m3fn, interpret=True, spread=spread))
     for name, value in {"fits": 3.0, "does not fit": 1e6, "is no number": np.nan}.items():
         part = x.at[-1, -1, -1].set(value)
         one = both_ways_reference(GIVEN, (part,), jax.numpy.float8_e4m3fn)
         with jax.set_mesh(mesh):
-            spread = functools.partial(per_device, mesh=mesh)
-            eight = jax.jit(lambda x, s=spread: both_ways(GIVEN, (x,), jax.numpy.float8_e4m3fn, interpret=True, spread=s))(part)
+            eight = on_eight(part)
         values, turned, scale = (np.asarray(y) for y in eight)
         by_device = values.reshape(4, 2, 2, 64, 32).swapaxes(1, 2).reshape(-1, 32).T  # rows over data and fsdp, then tokens over context
         off = [int((a.view(np.uint8) != b.view(np.uint8)).sum()) for a, b in ((values, np.asarray(one[0])), (turned, by_device))]
