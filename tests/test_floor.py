@@ -15,7 +15,8 @@ from nanojax.errors import UserError
 from nanojax.program import choose_site
 from nanojax.sizes import resolve
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "scripts/bench"))
+
 import floor
 
 CONFIG = resolve(

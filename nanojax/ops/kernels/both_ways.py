@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
 
-# What else was tried is in scripts/bench/LOG.md.
+# What other sides and warps take is in scripts/bench/LOG.md.
 SIDE = 128  # columns of a square that an instance turns, and tokens of all its squares together
 WARPS = 8  # of an instance
 EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large
