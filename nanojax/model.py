@@ -6,7 +6,7 @@ Letters: B batch, T tokens, D model, F feed-forward, N query heads, K key and va
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,13 @@ class Linear(nnx.Module):
     def __init__(self, shape: tuple[int, int], axes: tuple[str, str], *, dot: Dot, name: str, key: Array, init=scaled_normal):
         self.w = nnx.Param(init(key, shape), out_sharding=axes)
         self.key: nnx.Variable | None = nnx.data(None)
+        self.ready: Any = nnx.data(None)
+        """What was made of the matrix before, if it was; of several that are multiplied as one, the first has it of all."""
         self.dot = functools.partial(dot, name=name)
 
     def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
-        return self.dot(x, self.w.get_value(), key=None if self.key is None else jax.random.wrap_key_data(self.key[...]))
+        key = None if self.key is None else jax.random.wrap_key_data(self.key[...])
+        return self.dot(x, self.w.get_value(), key=key, **({} if self.ready is None else {"ready": self.ready}))
 
 
 class RMSNorm(nnx.Module):
@@ -271,11 +274,12 @@ def merge(graph: nnx.GraphDef, params: dict[str, Array]) -> GPT:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def give_keys(model: GPT, key: Array, names: Collection[str]) -> None:
-    """Let the products with these parameters draw, each from a part of `key` of its own."""
-    for i, (path, module) in enumerate(nnx.iter_modules(model) if names else ()):
-        if isinstance(module, Linear) and name_of((*path, "w")) in names:
+def give_keys(model: GPT, key: Array, rounds: Mapping[str, Any]) -> None:
+    """Let the products with these parameters draw, each from a part of `key` of its own, and give them what was made of theirs before."""
+    for i, (path, module) in enumerate(nnx.iter_modules(model) if rounds else ()):
+        if isinstance(module, Linear) and (name := name_of((*path, "w"))) in rounds:
             module.key = nnx.Variable(jax.random.key_data(jax.random.fold_in(key, i)))
+            module.ready = nnx.data(rounds[name])
 
 
 def name_of(path: Sequence[Any]) -> str:

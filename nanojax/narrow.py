@@ -24,6 +24,7 @@ def check_four_bit(c: Any) -> None:
     for name, off, needed, have in (
         ("int4_group", FORMATS["int4"].block, f"precision=int4, given {c.precision}, whose blocks are fixed", c.precision == "int4"),
         ("fp4_head", False, four, c.four_bit),
+        ("fp8_head", False, f"precision=fp8, given {c.precision}; add --precision fp8", c.precision == "fp8"),
         ("fp4_skip_first", 0, four, c.four_bit),
         ("fp4_skip_last", 0, four, c.four_bit),
         ("fp4_until", 1.0, four, c.four_bit),

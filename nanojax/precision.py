@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from nanojax.config import Config
+from nanojax.config import Config, TrainConfig
 from nanojax.formats import FORMATS
 from nanojax.ops.fp4 import QuantizedArray, fake_quant, finite_amax, quantize
+from nanojax.ops.fp8_dot import Matrices
 from nanojax.optim import label
 
 # Matrices that servers fuse into one have one global scale, so that what is served is what was trained. Block scales stay their own.
@@ -40,7 +42,7 @@ class Rounding:
         """That of a resolved config, whose `auto` has become `format`."""
         train = config.train
         if format not in FORMATS:
-            return cls(format)
+            return cls(format, head=train.fp8_head)
         end = config.model.depth - (train.fp4_skip_last or 0)
         return cls(format, train.fp4_block, first=train.fp4_skip_first, end=end, head=train.fp4_head)
 
@@ -57,7 +59,7 @@ class Rounding:
         """In words, for the header of a run."""
         train, depth = config.train, config.model.depth
         if self.format == "fp8":
-            return "fp8 (e4m3, gradients e5m2; evaluated in bf16)"
+            return f"{'and the head ' if self.head else ''}fp8 (e4m3, gradients e5m2; evaluated in bf16)"
         if self.format not in FORMATS:
             return self.format
         words = self.format + (f" in groups of {self.block}" if self.format == "int4" else "")
@@ -85,6 +87,39 @@ def prepare_weights(params: dict[str, Array], *, rounding: Rounding, dtype: jnp.
         return w.astype(dtype) if groups[name] in ("matrix", "head") else w
 
     return {name: four_bit[name] if name in four_bit else cast(name, w) for name, w in params.items()}
+
+
+def prepare_step(
+    params: dict[str, Array], *, prepare: Callable, rounding: Rounding, train: TrainConfig, whole: bool, together: bool
+) -> tuple[dict[str, Array], dict[str, Matrices | None]]:
+    """(weights by `prepare`; those whose products round what they multiply -> what is made of them once a step).
+
+    That is all of a matrix in 8 bits where every device has `whole` ones: those that are gathered are rounded then. `together`: queries,
+    keys and values are multiplied as one, gates and ups too.
+    """
+    weights, ready = prepare(params), {}
+    if rounding.format == "fp8":
+        names = dataclasses.replace(rounding, head=False).names(weights)
+        ready = eight_bit_matrices(weights, names, together=together) if whole else {}
+    else:
+        names = rounding.names(weights) if rounding.format == train.four_bit and train.fp4_recipe == "full" else []
+    return weights, {name: ready.get(name) for name in names}
+
+
+def eight_bit_matrices(weights: dict[str, Array], names: Collection[str], *, together: bool) -> dict[str, Matrices]:
+    """Of those names the matrices in 8 bits, by the first of several that are multiplied `together`."""
+    groups = [siblings(name, names) if together else [name] for name in names]
+    by_shapes = collections.defaultdict(list)
+    for group in (group for name, group in zip(names, groups, strict=True) if name == group[0]):
+        by_shapes[tuple(weights[name].shape for name in group), ".ffn." in group[0]].append(group)
+    ready = {}
+    for (_, joined), same in by_shapes.items():
+        # As one array: each on its own, a model's worth takes XLA long to compile.
+        stacked = [jnp.stack([weights[name] for name in each]) for each in zip(*same, strict=True)]
+        stacked = [jnp.concatenate(stacked, axis=2)] if joined else stacked  # gates and ups have one product, forward too
+        made = jax.vmap(lambda *ws: Matrices.of(ws))(*stacked)
+        ready |= {group[0]: jax.tree.map(lambda x, i=i: x[i], made) for i, group in enumerate(same)}
+    return ready
 
 
 def fake_quantize_weights(params: dict[str, Array], rounding: Rounding, dtype: jnp.dtype) -> dict[str, Array]:

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxtyping import Array
 from nanojax import mesh as meshes
 from nanojax import vocabulary
 from nanojax.checks import parse_mesh
-from nanojax.config import Config, TrainConfig
+from nanojax.config import Config
 from nanojax.data.shards import storing
 from nanojax.errors import UserError
 from nanojax.model import GPT, parameters, split
@@ -34,14 +34,14 @@ from nanojax.ops.attention_request import Request
 from nanojax.ops.attention_te import require_deterministic
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
-from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_products
+from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_head, fp8_products
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
-from nanojax.ops.kernels.spread import Spread
+from nanojax.ops.kernels.spread import Spread, alone
 from nanojax.ops.kernels.swiglu_down import serves
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
-from nanojax.ops.xent import total_nats
+from nanojax.ops.xent import PLAIN_HEAD, total_nats
 from nanojax.optim import Axes, optimizer, schedule
-from nanojax.precision import Rounding, prepare_weights
+from nanojax.precision import Rounding, prepare_step, prepare_weights
 from nanojax.run_kind import USUAL, RunKind
 from nanojax.sizes import micro_batch
 from nanojax.step import TrainState, eval_step, first_state, microbatch_nats, train_step
@@ -282,22 +282,30 @@ def spread_of(site: Site) -> Spread:
 def product_of(site: Site) -> Callable:
     """The matrix product of a site's precision."""
     if site.precision == "fp8":
-        return functools.partial(fp8_dot, rounded=rounded_of(site))
+        return functools.partial(fp8_dot, rounded=rounded_of(site, spread_of(site)))
     return full_recipe_dot if site.config.train.fp4_recipe == "full" else dot
 
 
 def products_of(site: Site) -> Products | None:
     """Those of several matrices side by side, where a site's precision has them."""
     if site.precision == "fp8":
-        return fp8_products(rounded_of(site))
+        return fp8_products(rounded_of(site, spread_of(site)))
     return None if site.config.train.fp4_recipe == "full" else PLAIN_PRODUCTS
 
 
-def rounded_of(site: Site) -> Round:
-    """How activations are rounded to 8 bits, on all devices of a site: by a kernel where they have whole columns."""
+def rounded_of(site: Site, spread: Spread) -> Round:
+    """How activations are rounded to 8 bits: by a kernel where devices have whole columns."""
     if site.no_kernels or site.mesh.shape["tensor"] > 1:
         return both_ways_reference
-    return functools.partial(both_ways, spread=spread_of(site))
+    return functools.partial(both_ways, spread=spread)
+
+
+def total_of(site: Site, between: elementwise.Elementwise) -> Callable:
+    """The summed loss of hidden states, on all devices of a site: each rounds its own tokens."""
+    train = site.config.train
+    head = fp8_head(rounded_of(site, alone)) if train.fp8_head else PLAIN_HEAD
+    total = functools.partial(total_nats, blocks=train.loss_blocks, of_logits=between.nats_and_gradient, head=head)
+    return vocabulary.per_device(total, site.mesh)
 
 
 def build_model(site: Site, between: elementwise.Elementwise, key: Array) -> GPT:
@@ -352,15 +360,17 @@ def make_program(
     meshes.require_sharded(shapes, shardings, mesh)
 
     packed, blocks = config.data.mask_documents, train.loss_blocks
-    total = vocabulary.per_device(functools.partial(total_nats, blocks=blocks, of_logits=between.nats_and_gradient), mesh)
+    whole, together = mesh.shape["fsdp"] * mesh.shape["tensor"] == 1, site.no_kernels is None
+    total = total_of(site, between)
     evaluate = functools.partial(eval_step, graph, blocks=blocks, packed=packed)
     jit = functools.partial(jax.jit, compiler_options=run.options(site.platform, site.mesh.shape["fsdp"]) or None)
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
-        loss = functools.partial(microbatch_nats, graph, total=total, packed=packed, noisy=keyed(rounding, train, by_name))
+        for_step = functools.partial(prepare_step, prepare=ready, rounding=rounding, train=train, whole=whole, together=together)
+        loss = functools.partial(microbatch_nats, graph, total=total, packed=packed)
         rate = schedule(config.optim, config.steps)
-        step = functools.partial(train_step, tx=tx, lr=rate, prepare=ready, loss=loss, shardings=by_name)
+        step = functools.partial(train_step, tx=tx, lr=rate, prepare=for_step, loss=loss, shardings=by_name)
         return Phase(
             rounding.format,
             prepare=jax.jit(ready, in_shardings=(by_name,), out_shardings=by_name),
@@ -378,12 +388,6 @@ def make_program(
         phases=tuple(map(make_phase, roundings)),
         eval_step=jit(evaluate, in_shardings=(by_name, batch, one), out_shardings=one),
     )
-
-
-def keyed(rounding: Rounding, train: TrainConfig, names: Iterable[str]) -> frozenset[str]:
-    """Weights whose products get a key, which tells them to round what they multiply, and to draw from."""
-    rounds = rounding.format == "fp8" or (rounding.format == train.four_bit and train.fp4_recipe == "full")
-    return frozenset(rounding.names(names) if rounds else ())
 
 
 def formats(config: Config, platform: str) -> tuple[str, str]:

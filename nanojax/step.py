@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,11 +44,20 @@ def first_state(params: dict[str, Array], moments: Any, key: Array, *, spikes: b
 
 
 def microbatch_nats(
-    graph: nnx.GraphDef, weights: dict[str, Array], batch: Any, key: Array, *, total: Callable, packed: bool, noisy: Collection[str] = ()
+    graph: nnx.GraphDef,
+    weights: dict[str, Array],
+    batch: Any,
+    key: Array,
+    rounds: Mapping[str, Any] | None = None,
+    *,
+    total: Callable,
+    packed: bool,
 ) -> Array:
-    """Summed loss of one microbatch in nats, by `total`, which is `total_nats`. The products of the weights in `noisy` draw from `key`."""
+    """Summed loss of one microbatch in nats, by `total`, which is `total_nats`. The products of the weights that `rounds` names draw from
+    `key`, and take what it has of theirs.
+    """
     model = merge(graph, weights)
-    give_keys(model, key, noisy)
+    give_keys(model, key, rounds or {})
     x_BTD = model.hidden(batch.inputs, batch.segments if packed else None)
     with jax.named_scope("loss"):
         return total(x_BTD, model.head.w[...], batch.targets, model.softcap)
@@ -67,15 +76,16 @@ def train_step(
     """One step over `batch`, whose arrays are [A, B, T]; metrics are f32 scalars that stay on the device.
 
     The loss is the sum over valid targets over their count in the whole batch, so a microbatch without any changes nothing.
-    `prepare` makes the weights that `loss(weights, microbatch, key)` reads; what it rounds, gradients pass straight through.
+    `prepare` makes weights and rounds, which `loss(weights, microbatch, key, rounds)` reads; gradients pass straight through it.
     `factors`, if any, are one array [2], of the loss and of the gradient (faults.py).
     """
     with jax.named_scope("prepare"):
         # Kernels want whole matrices, and XLA would gather them before they are cast.
-        weights = jax.lax.with_sharding_constraint(prepare(state.params), shardings)
+        weights, rounds = prepare(state.params)
+        weights = jax.lax.with_sharding_constraint(weights, shardings)
 
     def accumulate(carry: tuple[Array, dict], micro: Any) -> tuple[tuple[Array, dict], None]:
-        nats, grads = jax.value_and_grad(loss)(weights, *micro)
+        nats, grads = jax.value_and_grad(loss)(weights, *micro, rounds)
         total, sums = carry
         with jax.named_scope("accumulate"):
             sums = {name: sums[name] + g.astype(jnp.float32) for name, g in grads.items()}

@@ -164,7 +164,9 @@ def read_gradients(loss, prepare, params, batch, scale: float = 1.0) -> dict[str
     start = first_state(params, keep.init(params), jax.random.key_data(jax.random.key(0)))
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     shardings = {name: NamedSharding(mesh, PartitionSpec()) for name in params}
-    step = functools.partial(train_step, tx=keep, lr=lambda _: 0.0, prepare=prepare, loss=loss, shardings=shardings)
+    step = functools.partial(
+        train_step, tx=keep, lr=lambda _: 0.0, prepare=lambda params: (prepare(params), {}), loss=loss, shardings=shardings
+    )
     state, _ = jax.jit(step, compiler_options=USUAL.options(platform) or None)(start, batch)
     return {name: np.asarray(g) * scale for name, g in state.moments.items()}
 
@@ -178,7 +180,7 @@ def read_weights(graph, params, prepare) -> dict[str, np.ndarray]:
     names = [name for name, group in label(params).items() if group == "matrix"]
     plain = functools.partial(microbatch_nats, graph, total=TOTAL, packed=False)
 
-    def loss(weights, micro, key):
+    def loss(weights, micro, key, rounds):
         real = plain(jax.lax.stop_gradient(weights), micro, key)
         read = [jnp.eye(weights[n].shape[0], dtype=weights[n].dtype) @ weights[n] for n in names]
         return real + sum(0.5 * jnp.sum(jnp.square(y.astype(jnp.float32))) for y in read)

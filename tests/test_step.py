@@ -69,12 +69,16 @@ def trainer(tiny_model, mesh) -> Trainer:
     tx = optimizer(OPTIM, steps=10, batch_tokens=2**19, d_model=768, ns_dtype=jnp.float32)
 
     def make(tx, loss):
-        return jax.jit(functools.partial(train_step, tx=tx, lr=schedule(OPTIM, 10), prepare=FP32, loss=loss, shardings=shardings))
+        return jax.jit(
+            functools.partial(
+                train_step, tx=tx, lr=schedule(OPTIM, 10), prepare=lambda params: (FP32(params), {}), loss=loss, shardings=shardings
+            )
+        )
 
-    def poisonable(weights, micro, key):
+    def poisonable(weights, micro, key, rounds):
         gain = weights["norm.gain"][0]
         huge = jnp.where(micro.segments[0, 0] == 9, 1e30, 0.0)
-        return loss(weights, micro, key) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
+        return loss(weights, micro, key, rounds) + (gain - jax.lax.stop_gradient(gain)) * huge * huge  # 0, with slope huge * huge
 
     start = first_state(params, tx.init(params), jax.random.key_data(jax.random.key(0)))
     sgd = make(optax.sgd(1.0), loss)

@@ -123,7 +123,7 @@ def kernels(
         ws = tuple(layer.w.get_value().astype(x_BTD.dtype) for layer in layers)
         with jax.named_scope("qkv"):
             how = How(head_dim, spread, chosen(layers[0]), interpret)
-            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how)
+            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how, layers[0].ready)
 
     def within_product(x_BTD, down):
         f, d = down.w.get_value().shape
@@ -136,9 +136,9 @@ def kernels(
         known = side_by_side((down,)) and chosen(down) is chosen(gate)
         joint = chosen(gate).feed_forward
         if known and joint is not None:
-            return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype))
+            return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype), (gate.ready, down.ready))
         with jax.named_scope("gate_up"):
-            both_BTF = multiply(x_BTD, both_DF, chosen(gate))
+            both_BTF = multiply(x_BTD, both_DF, chosen(gate), gate.ready)
         with jax.named_scope("down"):
             if known and within_product(x_BTD, down):
                 return fused.swiglu_down(both_BTF, down.w.get_value().astype(x_BTD.dtype), fused.How(spread, interpret))

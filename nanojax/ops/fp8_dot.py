@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,14 +18,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.dot import dot
-from nanojax.ops.kernels.both_ways import GIVEN, Work, both_ways_reference, narrowed, scale_for, size_of
+from nanojax.ops.kernels.both_ways import GIVEN, Each, Rounded, Work, both_ways_reference, narrowed, scale_for, size_of
 from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
 from nanojax.ops.products import Products, multiply
+from nanojax.ops.xent import Head
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-Round = Callable[[Work, tuple[Array, ...], DTypeLike], tuple[Array, Array, Array]]
-"""(work, tensors [B, T, _], type) -> what work makes of them, [B, T, I], over a scale and rounded, the same turned [I, N], the scale."""
-SWIGLU, SWIGLU_BACKWARD = Work(silu_times, (2,)), Work(silu_times_backward, (2, 1), 2)
+Round = Callable[[Work, tuple[Array, ...], DTypeLike], Rounded]
+"""(work, tensors [B, T, _], type) -> what work makes of them, rounded."""
+SWIGLU, SWIGLU_BACKWARD = Each(silu_times, (2,), warps=8), Each(silu_times_backward, (2, 1), 2, warps=8)
+
+
+Ready = tuple["Matrices | None", "Matrices | None"]
+"""Of gates and ups side by side, and of the last matrix."""
 
 
 class Scaled(NamedTuple):
@@ -36,17 +41,39 @@ class Scaled(NamedTuple):
     """float32; what the values are multiplied by."""
 
 
+class Matrices(NamedTuple):
+    """Matrices side by side, in E4M3 with one scale, read along what is summed over: forward in, backward outs."""
+
+    turned: tuple[Float[Array, "_ I"], ...]
+    """Each."""
+    values: Float[Array, "I Y"]
+    scale: Float[Array, ""]
+
+    @classmethod
+    def of(cls, ws: Sequence[Float[Array, "I _"]]) -> Matrices:
+        """These, rounded."""
+        w = to_fp8(jnp.concatenate(ws, axis=1), E4M3)
+        ends = list(itertools.accumulate(w_IO.shape[1] for w_IO in ws))[:-1]
+        return cls(tuple(jnp.split(w.values.T, ends)), w.values, w.scale)
+
+
 def fp8_dot(
-    x_BTI: Float[Array, "B T I"], w_IO: Float[Array, "I O"], *, name: str, key: Array | None = None, rounded: Round = both_ways_reference
+    x_BTI: Float[Array, "B T I"],
+    w_IO: Float[Array, "I O"],
+    *,
+    name: str,
+    key: Array | None = None,
+    ready: Matrices | None = None,
+    rounded: Round = both_ways_reference,
 ) -> Float[Array, "B T O"]:
     """x @ w in the type of x, of both in E4M3; dx and dw are products of what was rounded forward and of dy in E5M2.
 
     Without a `key`, from which nothing is drawn, it is the plain product: weights that are left out, and evaluation. What is not
-    finite makes the whole result NaN. `rounded` rounds x and dy.
+    finite makes the whole result NaN. `rounded` rounds x and dy, and `ready` is w where it is rounded already.
     """
     if key is None:
         return dot(x_BTI, w_IO, name=name)
-    return multiply(x_BTI, w_IO.astype(x_BTI.dtype), fp8_products(rounded))
+    return multiply(x_BTI, w_IO.astype(x_BTI.dtype), fp8_products(rounded), ready)
 
 
 def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
@@ -55,70 +82,86 @@ def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
-def to_fp8_both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled]:
-    """What work makes, in 8 bits, and the same turned: operands are read along what is summed over, which differs forward and backward."""
-    values_BTI, turned_IN, scale = rounded(work, xs, dtype)
-    return Scaled(values_BTI, scale), Scaled(turned_IN, scale)
-
-
 def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
     """An einsum of two in 8 bits, in `dtype`.
 
     XLA makes one product of 8 bits of this, scales included, which are powers of two so that nothing is rounded where it does not.
-    Behind a barrier: it would give values that are narrowed and widened back as they were.
+    Behind a barrier: it would give values that are narrowed and widened back as they were, and scales a kernel that does that to them.
     """
-    wide = [jax.lax.optimization_barrier(x.values).astype(dtype) * x.scale.astype(dtype) for x in (a, b)]
-    return jnp.einsum(subscripts, *wide, preferred_element_type=dtype)
+    (x, x_scale), (y, y_scale) = jax.lax.optimization_barrier((a, b))
+    return jnp.einsum(
+        subscripts, x.astype(dtype) * x_scale.astype(dtype), y.astype(dtype) * y_scale.astype(dtype), preferred_element_type=dtype
+    )
 
 
-def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
-    """x @ w for each matrix, all with one scale; x is what work makes of xs."""
-    dtype = xs[0].dtype
-    (x, turned), w = to_fp8_both_ways(work, xs, E4M3, rounded), to_fp8(jnp.concatenate(ws, axis=1), E4M3)
-    parts = jnp.split(w.values, list(itertools.accumulate(w_IO.shape[1] for w_IO in ws))[:-1], axis=1)
-    return tuple(product("BTI,IO->BTO", x, Scaled(part, w.scale), dtype) for part in parts), (turned, w)
+def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], ready: Matrices | None, rounded: Round, work: Work = GIVEN):
+    """x @ w for each matrix, all with one scale, or of those that are ready; x is what work makes of xs."""
+    x, w, dtype = rounded(work, xs, E4M3), Matrices.of(ws) if ready is None else ready, xs[0].dtype
+    ys = tuple(product("BTI,OI->BTO", Scaled(x.values, x.scale), Scaled(part, w.scale), dtype) for part in w.turned)
+    return ys, (Scaled(x.turned, x.scale), Scaled(w.values, w.scale))
 
 
-def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round, work: Work = GIVEN):
-    """The gradients of x and of the matrices side by side; dy [B, T, Y] is what work makes of dys."""
-    (x, w), dtype = kept, dys[0].dtype
-    dy, turned = to_fp8_both_ways(work, dys, E5M2, rounded)
-    return product("BTY,IY->BTI", dy, w, dtype), product("IN,YN->IY", x, turned, dtype)
+def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round, work: Work = GIVEN) -> tuple[Array, Array, Array | None]:
+    """The gradients of x and of the matrices side by side, and the work's sums; dy [B, T, Y] is what work makes of dys."""
+    (x, w), dtype, dy = kept, dys[0].dtype, rounded(work, dys, E5M2)
+    dx_BTI = product("BTY,IY->BTI", Scaled(dy.values, dy.scale), w, dtype)
+    return dx_BTI, product("IN,YN->IY", x, Scaled(dy.turned, dy.scale), dtype), dy.sums
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def feed_forward(
-    x_BTD: Float[Array, "B T D"], w_both_DY: Float[Array, "D Y"], w_down_FD: Float[Array, "F D"], rounded: Round
+    x_BTD: Float[Array, "B T D"], w_both_DY: Float[Array, "D Y"], w_down_FD: Float[Array, "F D"], ready: Ready, rounded: Round
 ) -> Float[Array, "B T D"]:
     """(silu(x w_gate) * (x w_up)) w_down of gate and up side by side, Y = 2F, its elementwise work done where its results are rounded."""
-    return _feed_forward(x_BTD, w_both_DY, w_down_FD, rounded)[0]
+    return _feed_forward(x_BTD, w_both_DY, w_down_FD, ready, rounded)[0]
 
 
-def _feed_forward(x_BTD: Array, w_both_DY: Array, w_down_FD: Array, rounded: Round):
+def _feed_forward(x_BTD: Array, w_both_DY: Array, w_down_FD: Array, ready: Ready, rounded: Round):
     with jax.named_scope("gate_up"):
-        (both_BTY,), kept_both = forward((x_BTD,), (w_both_DY,), rounded)
+        (both_BTY,), kept_both = forward((x_BTD,), (w_both_DY,), ready[0], rounded)
     with jax.named_scope("down"):
-        (y_BTD,), kept_down = forward((both_BTY,), (w_down_FD,), rounded, SWIGLU)
+        (y_BTD,), kept_down = forward((both_BTY,), (w_down_FD,), ready[1], rounded, SWIGLU)
     return y_BTD, (both_BTY, kept_both, kept_down)
 
 
 def _feed_forward_backward(rounded: Round, kept: tuple[Array, tuple, tuple], dy_BTD: Array):
     both_BTY, kept_both, kept_down = kept
     with jax.named_scope("down"):
-        dh_BTF, dw_down_FD = backward(kept_down, (dy_BTD,), rounded)
+        dh_BTF, dw_down_FD, _ = backward(kept_down, (dy_BTD,), rounded)
     with jax.named_scope("gate_up"):
-        dx_BTD, dw_both_DY = backward(kept_both, (both_BTY, dh_BTF), rounded, SWIGLU_BACKWARD)
-    return dx_BTD, dw_both_DY, dw_down_FD
+        dx_BTD, dw_both_DY, _ = backward(kept_both, (both_BTY, dh_BTF), rounded, SWIGLU_BACKWARD)
+    return dx_BTD, dw_both_DY, dw_down_FD, None
 
 
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
 @functools.cache
+def fp8_head(rounded: Round) -> Head:
+    """The head in 8 bits: states and matrix in E4M3, the gradients of logits in E5M2, each block of tokens with scales of its own."""
+
+    def prepare(w_DV: Array) -> tuple[Scaled, Scaled]:
+        w = rounded(GIVEN, (w_DV[None],), E4M3)
+        return Scaled(w.values[0], w.scale), Scaled(w.turned, w.scale)
+
+    def multiply(x_BTD: Array, prepared: tuple[Scaled, Scaled]) -> tuple[Array, Scaled]:
+        x = rounded(GIVEN, (x_BTD,), E4M3)
+        return product("BTD,VD->BTV", Scaled(x.values, x.scale), prepared[1], x_BTD.dtype), Scaled(x.turned, x.scale)
+
+    def back(x: Scaled, prepared: tuple[Scaled, Scaled], d_BTV: Array) -> tuple[Array, Array]:
+        d = rounded(GIVEN, (d_BTV,), E5M2)
+        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], d_BTV.dtype)
+        return dx_BTD, product("DN,VN->DV", x, Scaled(d.turned, d.scale), jnp.float32)
+
+    return Head(prepare, multiply, back)
+
+
+@functools.cache
 def fp8_products(rounded: Round) -> Products:
     """Of matrices that share what they multiply; `rounded` rounds it, and what comes back."""
     return Products(
-        lambda x, ws: forward((x,), ws, rounded),
-        lambda kept, dy: backward(kept, (dy,), rounded),
-        lambda x, w_both, w_down: feed_forward(x, w_both, w_down, rounded),
+        lambda x, ws, ready=None: forward((x,), ws, ready, rounded),
+        lambda kept, dy: backward(kept, (dy,), rounded)[:2],
+        lambda kept, work, dys: backward(kept, dys, rounded, work),
+        lambda x, w_both, w_down, ready=(None, None): feed_forward(x, w_both, w_down, ready, rounded),
     )

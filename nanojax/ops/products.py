@@ -13,20 +13,29 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nanojax.ops.kernels.both_ways import Work
+
 
 class Products(NamedTuple):
     """How to multiply. What the first function keeps is what the second is given."""
 
-    forward: Callable[[Array, tuple[Array, ...]], tuple[tuple[Array, ...], Any]]
-    """(x [B, T, I], matrices [I, O] in its type) -> (x @ each, what is kept)."""
+    forward: Callable[[Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
+    """(x [B, T, I], matrices [I, O] in its type, what was made of them before or None) -> (x @ each, what is kept)."""
     backward: Callable[[Any, Array], tuple[Array, Array]]
     """(what was kept, gradients of the results side by side [B, T, Y]) -> those of x and of the matrices side by side [I, Y]."""
-    feed_forward: Callable[[Array, Array, Array], Array] | None = None
-    """(x [B, T, D], gate and up side by side [D, 2F], down [F, D]) -> SwiGLU's feed-forward, or None where its work is apart."""
+    backward_of: Callable[[Any, Work, tuple[Array, ...]], tuple[Array, Array, Array | None]] | None = None
+    """`backward` of gradients that are made of others (kernels/both_ways.py), and what is summed on the way; or None where they are made
+    first.
+    """
+    feed_forward: Callable[[Array, Array, Array, tuple[Any, Any]], Array] | None = None
+    """(x [B, T, D], gate and up side by side [D, 2F], down [F, D], what was made of these two before) -> SwiGLU's feed-forward, or None
+    where its work is apart.
+    """
 
 
-def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...]):
+def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...], ready: Any = None):
     """x @ w for each."""
+    del ready
     return tuple(x_BTI @ w_IO for w_IO in ws), (x_BTI, ws)
 
 
@@ -41,18 +50,18 @@ PLAIN_PRODUCTS = Products(forward, backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def multiply(x_BTI: Float[Array, "B T I"], w_IO: Float[Array, "I O"], products: Products) -> Float[Array, "B T O"]:
-    """x @ w by these products."""
-    return _multiply_forward(x_BTI, w_IO, products)[0]
+def multiply(x_BTI: Float[Array, "B T I"], w_IO: Float[Array, "I O"], products: Products, ready: Any = None) -> Float[Array, "B T O"]:
+    """x @ w by these products; `ready` is what was made of w before."""
+    return _multiply_forward(x_BTI, w_IO, products, ready)[0]
 
 
-def _multiply_forward(x_BTI: Array, w_IO: Array, products: Products):
-    (y_BTO,), kept = products.forward(x_BTI, (w_IO,))
+def _multiply_forward(x_BTI: Array, w_IO: Array, products: Products, ready: Any = None):
+    (y_BTO,), kept = products.forward(x_BTI, (w_IO,), ready)
     return y_BTO, kept
 
 
 def _multiply_backward(products: Products, kept: Any, dy_BTO: Array):
-    return products.backward(kept, dy_BTO)
+    return *products.backward(kept, dy_BTO), None
 
 
 multiply.defvjp(_multiply_forward, _multiply_backward)

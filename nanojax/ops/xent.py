@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,38 +46,67 @@ def nats_and_gradient(
     return jnp.where(valid_BT, lse_BT - picked_BT, 0), jnp.where(valid_BT[..., None], d_BTV, 0).astype(logits_BTV.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+class Head(NamedTuple):
+    """The products of a block of tokens with the head."""
+
+    prepare: Callable[[Array], Any]
+    """Matrix [D, V] -> what the next two are given, once for all blocks."""
+    forward: Callable[[Array, Any], tuple[Array, Any]]
+    """(x [B, T, D], what was prepared) -> (logits [B, T, V], what is kept)."""
+    backward: Callable[[Any, Any, Array], tuple[Array, Array]]
+    """(what was kept, what was prepared, gradient of the logits) -> gradients of x, in its type, and of the matrix, in float32."""
+
+
+PLAIN_HEAD = Head(
+    lambda w_DV: w_DV,
+    lambda x_BTD, w_DV: (jnp.einsum("BTD,DV->BTV", x_BTD, w_DV), x_BTD),
+    lambda x_BTD, w_DV, d_BTV: (
+        jnp.einsum("BTV,DV->BTD", d_BTV, w_DV).astype(x_BTD.dtype),
+        jnp.einsum("BTD,BTV->DV", x_BTD, d_BTV, preferred_element_type=jnp.float32),
+    ),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
 def total_nats(
-    x_BTD: Array, w_DV: Array, targets_BT: Array, softcap: float | None, blocks: int, of_logits: Callable = nats_and_gradient
+    x_BTD: Array,
+    w_DV: Array,
+    targets_BT: Array,
+    softcap: float | None,
+    blocks: int,
+    of_logits: Callable = nats_and_gradient,
+    head: Head = PLAIN_HEAD,
 ) -> Array:
     """Sum of `token_nats`, a float32 scalar.
 
     Its forward pass leaves the gradients of the sum behind, so that the backward pass repeats no product and keeps no logits
     (the sum has one cotangent, a scalar that multiplies them). The gradient of the head is summed over blocks in float32.
-    `of_logits` is `nats_and_gradient`, or what computes the same.
+    `of_logits` is `nats_and_gradient`, or what computes the same. `head` multiplies where there are gradients to be made.
     """
-    del of_logits
+    del of_logits, head
     return jnp.sum(token_nats(x_BTD, w_DV, targets_BT, softcap=softcap, blocks=blocks))
 
 
-def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks, of_logits):
+def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks, of_logits, head):
     """The value, and what the backward pass needs."""
+    prepared = head.prepare(w_DV)
 
     def block(carry, part):
         total, dw_DV = carry
         x, targets = part
-        nats_BT, d_BTV = of_logits(jnp.einsum("BTD,DV->BTV", x, w_DV), targets, softcap)
-        dw_DV += jnp.einsum("BTD,BTV->DV", x, d_BTV, preferred_element_type=jnp.float32)
-        return (total + jnp.sum(nats_BT), dw_DV), jnp.einsum("BTV,DV->BTD", d_BTV, w_DV).astype(x.dtype)
+        logits_BTV, kept = head.forward(x, prepared)
+        nats_BT, d_BTV = of_logits(logits_BTV, targets, softcap)
+        dx_BTD, d_DV = head.backward(kept, prepared, d_BTV)
+        return (total + jnp.sum(nats_BT), dw_DV + d_DV), dx_BTD
 
     start = jnp.zeros((), jnp.float32), jnp.zeros(w_DV.shape, jnp.float32)
     (total, dw_DV), dx = jax.lax.scan(block, start, (split_tokens(x_BTD, blocks), split_tokens(targets_BT, blocks)))
     return total, (join_tokens(dx), dw_DV.astype(w_DV.dtype))
 
 
-def total_nats_backward(softcap, blocks, of_logits, residuals, cotangent):
+def total_nats_backward(softcap, blocks, of_logits, head, residuals, cotangent):
     """Gradients of states and head, from the residuals of the forward pass."""
-    del softcap, blocks, of_logits
+    del softcap, blocks, of_logits, head
     dx_BTD, dw_DV = residuals
     return (cotangent * dx_BTD).astype(dx_BTD.dtype), (cotangent * dw_DV).astype(dw_DV.dtype), None
 

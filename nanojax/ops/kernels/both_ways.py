@@ -2,11 +2,14 @@
 
 XLA rounds twice, and turns by kernels that reach half of the memory's rate. What is rounded may be made on the way, and is then never
 written. A pass for the largest number first would take half as long again: a few tokens say what scale to try, the pass that rounds
-finds the largest number, and what did not fit is rounded once more. B batch, T tokens, N of both, I columns.
+finds the largest number, and what did not fit is rounded once more. B batch, T tokens, N of both, I columns, P parts of them, C columns
+of a part, L tokens of which an instance turns as many at once as there are bytes in a word.
 """
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -21,16 +24,91 @@ from jaxtyping import Array, Float
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
 
 # What other sides and warps take is in scripts/bench/LOG.md.
-SIDE = 128  # columns of a square that an instance turns, and tokens of all its squares together
-WARPS = 8  # of an instance
+AT_ONCE, ACROSS = 16, 128  # tokens of a lane and columns of a square
+WARPS = 4  # of an instance
+WORD = 4  # bytes that are turned as one
 EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large
 PROGRAMS = 256  # instances that look whether all fitted: most often they have nothing to do
-AT_ONCE = 4096  # sizes that such an instance loads at a time
+SIZES = 4096  # that such an instance loads at a time
 MANTISSA = (1 << 23) - 1  # the bits of float32 that a power of two has not
 
 
-class Work(NamedTuple):
-    """What is rounded, and of what it is made, number by number."""
+class Cut(NamedTuple):
+    """How what is rounded, [N, P, C], is cut into squares, one an instance."""
+
+    grid: tuple[int, int]
+    """Squares down and across. Those of one row follow each other: they read what lies side by side."""
+    down: int
+    """Tokens of a square."""
+    lanes: int
+    """L."""
+    shape: tuple[int, int, int]
+    """N, P, C."""
+
+    def views(self, x: Array, *parts: int) -> Array:
+        """A tensor as an instance reads or writes it: [N / L, L, ...]."""
+        return x.reshape(-1, self.lanes, *parts)
+
+    def rows(self, i: Any) -> Any:
+        """Tokens of the squares that lie in row i, each with the L - 1 after it."""
+        size = self.down // self.lanes
+        return pl.ds(i * size, size)
+
+
+class Part(NamedTuple):
+    """What becomes of a part in an instance."""
+
+    value: Array
+    """In float32."""
+    at: Any
+    """Which of P it is."""
+    columns: Any
+    """Its place in C."""
+
+
+Tiles = Callable[[int], tuple[tuple[Part, ...], tuple[Array, ...]]]
+"""A lane of L -> (the parts of a square in it, arrays [tokens, ...] whose sums over tokens are wanted)."""
+
+
+class Work(abc.ABC):
+    """What is rounded, and of what it is made."""
+
+    warps: int
+    """Of an instance."""
+
+    @property
+    @abc.abstractmethod
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        """Of each tensor that it is made of (spread.py)."""
+
+    @abc.abstractmethod
+    def few(self, xs: Sequence[Array]) -> tuple[Array, ...]:
+        """Every `EVERY`th token of them."""
+
+    @abc.abstractmethod
+    def made(self, xs: Sequence[Array]) -> tuple[tuple[Array, ...], Array | None]:
+        """(what is rounded, in parts side by side, in the type of the first tensor; sums beside it, or None)."""
+
+    @abc.abstractmethod
+    def cut(self, xs: Sequence[Array], lanes: int = WORD) -> Cut:
+        """Into squares whose sides are powers of two, of so many lanes if there are as many tokens."""
+
+    @abc.abstractmethod
+    def views(self, cut: Cut, xs: Sequence[Array]) -> list[Array]:
+        """Tensors as `cases` takes them."""
+
+    @abc.abstractmethod
+    def sums(self, xs: Sequence[Array]) -> list[tuple[int, ...]]:
+        """Shape of the sums over tokens that are made on the way, [squares down, squares across, ...], if there are any."""
+
+    @abc.abstractmethod
+    def cases(self, cut: Cut, refs: Sequence[Any], i: Any, j: Any) -> list[tuple[Any, Tiles]]:
+        """(when, how the square is made that lies in row i and column j), of which one applies; None is always."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Each(Work):
+    """Made number by number."""
 
     make: Callable[..., tuple[Array, ...]]
     """(the parts of each tensor that is read, one after the other, in float32) -> parts of what is rounded."""
@@ -38,21 +116,60 @@ class Work(NamedTuple):
     """Parts of each tensor, side by side along its columns and of one size."""
     makes: int = 1
     """Parts, side by side too."""
+    warps: int = WARPS
+
+    @property
+    def axes(self) -> tuple[tuple[str, ...], ...]:
+        return (ROWS,) * len(self.reads)
+
+    def few(self, xs: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(x[:, ::EVERY] for x in xs)
+
+    def made(self, xs: Sequence[Array]) -> tuple[tuple[Array, ...], Array | None]:
+        parts = [part.astype(jnp.float32) for x, count in zip(xs, self.reads, strict=True) for part in jnp.split(x, count, axis=-1)]
+        return tuple(part.astype(xs[0].dtype) for part in self.make(*parts)), None
+
+    def cut(self, xs: Sequence[Array], lanes: int = WORD) -> Cut:
+        n, columns = xs[0].size // xs[0].shape[-1], xs[0].shape[-1] // self.reads[0]
+        down, across = min(AT_ONCE * lanes, n & -n), min(ACROSS, columns & -columns)
+        return Cut((n // down, columns // across), down, min(lanes, down), (n, self.makes, columns))
+
+    def views(self, cut: Cut, xs: Sequence[Array]) -> list[Array]:
+        return [cut.views(x, count, cut.shape[2]) for x, count in zip(xs, self.reads, strict=True)]
+
+    def sums(self, xs: Sequence[Array]) -> list[tuple[int, ...]]:
+        del xs
+        return []
+
+    def cases(self, cut: Cut, refs: Sequence[Any], i: Any, j: Any) -> list[tuple[Any, Tiles]]:
+        across = cut.shape[2] // cut.grid[1]
+        columns = pl.ds(j * across, across)
+
+        def tiles(lane: int) -> tuple[tuple[Part, ...], tuple[Array, ...]]:
+            read = [(ref, part) for ref, count in zip(refs, self.reads, strict=True) for part in range(count)]
+            parts = self.make(*(ref[cut.rows(i), lane, part, columns].astype(jnp.float32) for ref, part in read))
+            return tuple(Part(value, at, columns) for at, value in enumerate(parts)), ()
+
+        return [(None, tiles)]
 
 
-GIVEN = Work(lambda x: (x,))
+GIVEN = Each(lambda x: (x,))
 
 
-def made(work: Work, xs: Sequence[Array]) -> tuple[Array, ...]:
-    """The parts of what is rounded, in the type of what is read."""
-    parts = [part.astype(jnp.float32) for x, count in zip(xs, work.reads, strict=True) for part in jnp.split(x, count, axis=-1)]
-    return tuple(part.astype(xs[0].dtype) for part in work.make(*parts))
+class Rounded(NamedTuple):
+    """In 8 bits."""
+
+    values: Float[Array, "B T I"]
+    turned: Float[Array, "I N"]
+    scale: Float[Array, ""]
+    """float32; what both are multiplied by."""
+    sums: Array | None
+    """What the work sums over tokens, one part for each of some."""
 
 
 def narrowed(x: Array, scale: Float[Array, ""], dtype: DTypeLike) -> Array:
-    """x / scale in an 8-bit type, cut off at its largest number, beyond which E4M3 has nothing but NaN. `scale` is a power of two."""
-    top = float(jnp.finfo(dtype).max)
-    return jnp.clip(x.astype(jnp.float32) * (1 / scale), -top, top).astype(dtype)  # as exact as a division, and a GPU's is long
+    """x / scale in an 8-bit type, into which it fits. `scale` is a power of two."""
+    return (x.astype(jnp.float32) * (1 / scale)).astype(dtype)  # as exact as a division, and a GPU's is long
 
 
 def scale_for(largest: Float[Array, ""], dtype: DTypeLike) -> Float[Array, ""]:
@@ -70,107 +187,116 @@ def size_of(x: Array) -> Array:
 
 
 def largest_of(parts: Sequence[Array]) -> Array:
-    """The largest size along the last axis of arrays of one shape."""
-    return jnp.max(functools.reduce(jnp.maximum, map(size_of, parts)), axis=-1)
+    """The largest size along the last axis of arrays that differ in nothing else."""
+    return functools.reduce(jnp.maximum, (jnp.max(size_of(part), axis=-1) for part in parts))
 
 
-def seen(work: Work, xs: Sequence[Float[Array, "B T _"]]) -> Float[Array, " S"]:
+def seen(work: Work, xs: Sequence[Array]) -> Float[Array, " S"]:
     """The largest number that is made of every `EVERY`th token, each."""
-    return largest_of(made(work, [x[:, ::EVERY] for x in xs])).astype(jnp.float32).reshape(-1)
+    return largest_of(work.made(work.few(xs))[0]).astype(jnp.float32).reshape(-1)
 
 
-def both_ways_reference(work: Work, xs: tuple[Array, ...], dtype: DTypeLike) -> tuple[Array, Array, Array]:
+def both_ways_reference(work: Work, xs: tuple[Array, ...], dtype: DTypeLike) -> Rounded:
     """`both_ways` written out."""
-    parts = made(work, xs)
+    parts, sums = work.made(xs)
     scale = jnp.maximum(ROOM * scale_for(jnp.max(seen(work, xs)), dtype), scale_for(jnp.max(largest_of(parts)), dtype))
     q_BTI = narrowed(jnp.concatenate(parts, axis=-1), scale, dtype)
-    return q_BTI, q_BTI.reshape(-1, q_BTI.shape[-1]).T, scale
+    return Rounded(q_BTI, q_BTI.reshape(-1, q_BTI.shape[-1]).T, scale, sums)
 
 
-def both_ways(
-    work: Work, xs: tuple[Float[Array, "B T _"], ...], dtype: DTypeLike, *, interpret: bool = False, spread: Spread = alone
-) -> tuple[Float[Array, "B T I"], Float[Array, "I N"], Float[Array, ""]]:
-    """(what `work` makes of xs over the scale, rounded; the same turned; the scale, float32).
+class _Job(NamedTuple):
+    """What a kernel is compiled for."""
+
+    work: Work
+    cut: Cut
+    dtype: DTypeLike
+    """Of what is made, before it is rounded."""
+    interpret: bool
+
+
+def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, *, interpret: bool = False, spread: Spread = alone) -> Rounded:
+    """What `work` makes of xs, [B, T, _] unless it says otherwise, over a scale and rounded.
 
     The scale is a power of two: the smallest that lets all into the type or, where that is larger, `ROOM` times the smallest for every
     `EVERY`th token of a row, or of the part of it that a device has; NaN where anything is not finite, and then the numbers mean nothing.
     Tokens that lie on several devices follow one another by device.
     """
-    rows, turned = [ROWS for _ in xs], (None, *PARTS)
+    turned, sums = (None, *PARTS), [PARTS] * len(work.sums(xs))
     # Devices agree by maxima, not by gathering: XLA would gather weights together with what has to be waited for.
-    seen_S = jnp.max(spread(lambda *xs: seen(work, xs)[None], rows, PARTS)(*xs), axis=0)
-    *first, largest_PS = spread(functools.partial(_call, work, dtype, interpret), ((), *rows), [ROWS, turned, PARTS])(seen_S, *xs)
-    again = spread(functools.partial(_call_again, work, interpret), ((), (), ROWS, turned, *rows), [ROWS, turned, ()])
-    values, turned, scale = again(seen_S, jnp.max(largest_PS, axis=0), *first, *xs)
-    return values, turned, scale[0]
+    seen_S = jnp.max(spread(functools.partial(_call_seen, work, interpret), work.axes, PARTS)(*xs), axis=0)
+    first = spread(functools.partial(_call, work, dtype, interpret), ((), *work.axes), [ROWS, turned, PARTS, *sums])
+    values, turned_IN, largest_PS, *made = first(seen_S, *xs)
+    again = spread(functools.partial(_call_again, work, interpret), ((), (), ROWS, turned, *work.axes), [ROWS, turned, ()])
+    values, turned_IN, scale = again(seen_S, jnp.max(largest_PS, axis=0), values, turned_IN, *xs)
+    return Rounded(values, turned_IN, scale[0], made[0] if made else None)
 
 
-def _squares(work: Work, xs: Sequence[Array]) -> tuple[list[Array], tuple[int, int], tuple[int, int]]:
-    """(arrays [N, parts, I / parts], sides of a square, squares down and across): all sides are powers of two."""
-    flat = [x.reshape(-1, count, x.shape[-1] // count) for x, count in zip(xs, work.reads, strict=True)]
-    size = flat[0].shape[0], flat[0].shape[2]
-    down, across = (min(side, n & -n) for side, n in zip((SIDE // work.makes, SIDE), size, strict=True))
-    return flat, (down, across), (size[0] // down, size[1] // across)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call_seen(work: Work, interpret: bool, *xs: Array) -> Float[Array, "1 S"]:
+    """The largest that each instance sees, or by `seen` where a lane of so many tokens would be cut off by the end of a row."""
+    if xs[0].shape[1] % EVERY:
+        return seen(work, xs)[None]
+    cut = work.cut(xs, EVERY)
+    largest = jax.ShapeDtypeStruct((cut.grid[0] * cut.grid[1],), jnp.float32)
+    return _run(_see, _Job(work, cut, xs[0].dtype, interpret), cut.grid[::-1], work.views(cut, xs), [largest])[0][None]
 
 
-def _call(work: Work, dtype: DTypeLike, interpret: bool, seen_S: Array, *xs: Array) -> tuple[Array, Array, Array]:
-    """Round by the scale that is tried first, a square of every part an instance: (rows, columns, the largest number of each instance)."""
-    flat, (down, across), grid = _squares(work, xs)
-    n, _, columns = flat[0].shape
-    square = functools.partial(pl.BlockSpec, index_map=lambda i, j: (i, 0, j))
-    values, turned, largest = pl.pallas_call(
-        functools.partial(_round, work, xs[0].dtype, grid[1]),
-        out_shape=[
-            jax.ShapeDtypeStruct((n, work.makes, columns), dtype),
-            jax.ShapeDtypeStruct((work.makes, columns, n), dtype),
-            jax.ShapeDtypeStruct((grid[0] * grid[1],), jnp.float32),
-        ],
-        grid=grid,
-        in_specs=[_whole(seen_S.shape), *(square((down, x.shape[1], across)) for x in flat)],
-        out_specs=[
-            square((down, work.makes, across)),
-            pl.BlockSpec((work.makes, across, down), lambda i, j: (0, j, i)),
-            _whole((grid[0] * grid[1],)),
-        ],
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-        name="round_both_ways",
-        interpret=interpret,
-    )(seen_S, *flat)
-    return values.reshape(*xs[0].shape[:-1], -1), turned.reshape(-1, n), largest[None]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _call(work: Work, dtype: DTypeLike, interpret: bool, seen_S: Array, *xs: Array) -> tuple[Array, ...]:
+    """Round by the scale that is tried first: (rows, columns, the largest number of each instance, sums if there are any)."""
+    cut = work.cut(xs)
+    n, parts, columns = cut.shape
+    shapes = [(n // cut.lanes, cut.lanes, parts, columns), (parts, columns, n), (cut.grid[0] * cut.grid[1],), *work.sums(xs)]
+    types = [dtype, dtype, *[jnp.float32] * (len(shapes) - 2)]
+    results = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, types, strict=True)]
+    job, inputs = _Job(work, cut, xs[0].dtype, interpret), (seen_S, *work.views(cut, xs))
+    values, turned, largest, *sums = _run(_round_both_ways, job, cut.grid[::-1], inputs, results)
+    return values.reshape(*xs[0].shape[:2], -1), turned.reshape(-1, n), largest[None], *sums
 
 
-def _call_again(
-    work: Work, interpret: bool, seen_S: Array, largest: Array, values: Array, turned: Array, *xs: Array
-) -> tuple[Array, Array, Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _call_again(work: Work, interpret: bool, seen_S: Array, largest: Array, values: Array, turned: Array, *xs: Array) -> tuple[Array, ...]:
     """Write over both, if that has to be, by the scale into which all fits; and that scale."""
-    flat, sides, grid = _squares(work, xs)
-    n, _, columns = flat[0].shape
-    written = values.reshape(n, work.makes, columns), turned.reshape(work.makes, columns, n)
-    inputs = (seen_S, largest, *written, *flat)  # the first two are always read (analysis/hlo.py)
+    cut = work.cut(xs)
+    n, parts, columns = cut.shape
+    written = cut.views(values, parts, columns), turned.reshape(parts, columns, n)
+    inputs = (seen_S, largest, *written, *work.views(cut, xs))  # the first two are always read (analysis/hlo.py)
     results = [*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in written), jax.ShapeDtypeStruct((1,), jnp.float32)]
-    values_NPI, turned_PIN, scale = pl.pallas_call(
-        functools.partial(_round_again, work, xs[0].dtype, sides, grid),
+    grid = (min(PROGRAMS, cut.grid[0] * cut.grid[1]),)
+    made = _run(_round_again, _Job(work, cut, xs[0].dtype, interpret), grid, inputs, results, {2: 0, 3: 1})
+    return made[0].reshape(values.shape), made[1].reshape(turned.shape), made[2]
+
+
+def _run(
+    kernel: Callable,
+    job: _Job,
+    grid: tuple[int, ...],
+    inputs: Sequence[Array],
+    results: Sequence[Any],
+    aliases: dict[int, int] | None = None,
+) -> Any:
+    """Run a kernel whose instances load and store what they want of whole arrays."""
+
+    def whole(x: Any) -> pl.BlockSpec:
+        return pl.BlockSpec(x.shape, lambda *_: (0,) * len(x.shape))
+
+    return pl.pallas_call(
+        functools.partial(kernel, job),
         out_shape=results,
-        grid=(min(PROGRAMS, grid[0] * grid[1]),),
-        in_specs=[_whole(x.shape) for x in inputs],
-        out_specs=[_whole(x.shape) for x in results],
-        input_output_aliases={2: 0, 3: 1},
-        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-        name="round_again",
-        interpret=interpret,
+        grid=grid,
+        in_specs=[whole(x) for x in inputs],
+        out_specs=[whole(x) for x in results],
+        input_output_aliases=aliases or {},
+        compiler_params=triton.CompilerParams(num_warps=job.work.warps, num_stages=1),
+        name=kernel.__name__.removeprefix("_"),
+        interpret=job.interpret,
     )(*inputs)
-    return values_NPI.reshape(values.shape), turned_PIN.reshape(turned.shape), scale
-
-
-def _whole(shape: tuple[int, ...]) -> pl.BlockSpec:
-    """An array of which an instance loads what it wants."""
-    return pl.BlockSpec(shape, lambda *_: (0,) * len(shape))
 
 
 def _largest_in(sizes_ref) -> Array:
     """The largest of sizes, however many."""
     (n,) = sizes_ref.shape
-    at_once = min(AT_ONCE, 1 << (n - 1).bit_length())
+    at_once = min(SIZES, 1 << (n - 1).bit_length())
 
     def larger(i, largest):
         place = i * at_once + jnp.arange(at_once)
@@ -180,38 +306,85 @@ def _largest_in(sizes_ref) -> Array:
     return jax.lax.fori_loop(0, -(-n // at_once), larger, jnp.float32(0))
 
 
-def _round(work: Work, dtype: DTypeLike, across: int, seen_ref, *refs):
-    *refs, largest_ref = refs
-    scale = ROOM * scale_for(_largest_in(seen_ref), refs[-1].dtype)
-    parts = _square(work, dtype, scale, refs, slice(None), slice(None))
-    largest_ref[pl.program_id(0) * across + pl.program_id(1)] = jnp.max(functools.reduce(jnp.maximum, map(size_of, parts)))
+def _see(job: _Job, *refs):
+    *x_refs, largest_ref = refs
+    j, i = pl.program_id(0), pl.program_id(1)
+
+    def run(tiles: Tiles) -> None:
+        values = [part.value.astype(job.dtype).astype(jnp.float32) for part in tiles(0)[0]]
+        largest_ref[i * job.cut.grid[1] + j] = jnp.max(functools.reduce(jnp.maximum, map(size_of, values)))
+
+    _choose(job, x_refs, (i, j), run)
 
 
-def _round_again(work: Work, dtype: DTypeLike, sides: tuple[int, int], grid: tuple[int, int], seen_ref, largest_ref, *refs):
-    _, _, *refs, scale_ref = refs  # what is written over is not read
-    to, mine, programs = refs[-1].dtype, pl.program_id(0), pl.num_programs(0)
+def _choose(job: _Job, x_refs: Sequence[Any], place: tuple[Any, Any], run: Callable[[Tiles], None]) -> None:
+    """Run with that way to make a square which applies to this one."""
+    for when, tiles in job.work.cases(job.cut, x_refs, *place):
+        run(tiles) if when is None else pl.when(when)(functools.partial(run, tiles))
+
+
+def _round_both_ways(job: _Job, seen_ref, *refs):
+    tensors = len(job.work.axes)
+    x_refs, (q_ref, turned_ref, largest_ref, *sum_refs) = refs[:tensors], refs[tensors:]
+    j, i = pl.program_id(0), pl.program_id(1)
+
+    def done(largest: Array, sums: Sequence[Array]) -> None:
+        largest_ref[i * job.cut.grid[1] + j] = largest
+        for at, total in enumerate(sums):
+            sum_refs[0][i, j, at] = jnp.sum(total, axis=0)
+
+    _square(job, ROOM * scale_for(_largest_in(seen_ref), q_ref.dtype), x_refs, (q_ref, turned_ref), (i, j), done)
+
+
+def _round_again(job: _Job, seen_ref, largest_ref, *refs):
+    _, _, *x_refs, q_ref, turned_ref, scale_ref = refs  # what is written over is not read
+    to, mine, programs, (down, across) = q_ref.dtype, pl.program_id(0), pl.num_programs(0), job.cut.grid
     first, needed = ROOM * scale_for(_largest_in(seen_ref), to), scale_for(_largest_in(largest_ref), to)
     scale_ref[0] = jnp.where(needed <= first, first, needed)  # which may be NaN
 
     @pl.when(needed > first)
     def _():
-        @pl.loop(0, -(-grid[0] * grid[1] // programs))
+        @pl.loop(0, -(-down * across // programs))
         def _(turn):
             square = mine + turn * programs
 
-            @pl.when(square < grid[0] * grid[1])
+            @pl.when(square < down * across)
             def _():
-                places = (pl.ds(at * side, side) for at, side in zip((square // grid[1], square % grid[1]), sides, strict=True))
-                _square(work, dtype, needed, refs, *places)
+                place = square // across, square % across
+                _square(job, needed, x_refs, (q_ref, turned_ref), place, lambda largest, sums: None)
 
 
-def _square(work: Work, dtype: DTypeLike, scale: Array, refs: Sequence[Any], rows: Any, columns: Any) -> list[Array]:
-    """Round a square of every part, and give what was rounded, in float32."""
-    *x_refs, q_ref, turned_ref = refs
-    tiles = [ref[rows, part, columns].astype(jnp.float32) for ref, count in zip(x_refs, work.reads, strict=True) for part in range(count)]
-    parts = [part.astype(dtype).astype(jnp.float32) for part in work.make(*tiles)]
-    for i, part in enumerate(parts):
-        q = narrowed(part, scale, q_ref.dtype)
-        q_ref[rows, i, columns] = q
-        turned_ref[i, columns, rows] = q.T
-    return parts
+def _square(job: _Job, scale: Array, x_refs: Sequence[Any], out_refs: tuple[Any, Any], place: tuple[Any, Any], done: Callable) -> None:
+    """Round a square, and give the largest of what was rounded, and sums, to `done`."""
+    cut, (q_ref, turned_ref), (i, _) = job.cut, out_refs, place
+
+    def run(tiles: Tiles) -> None:
+        words, sizes, sums, parts = [], [], [], ()
+        for lane in range(cut.lanes):
+            parts, more = tiles(lane)
+            values = [part.value.astype(job.dtype).astype(jnp.float32) for part in parts]
+            in_8_bits = [narrowed(x, scale, q_ref.dtype) for x in values]
+            for part, q in zip(parts, in_8_bits, strict=True):
+                q_ref[cut.rows(i), lane, part.at, part.columns] = q
+            bytes_ = [jax.lax.bitcast_convert_type(q, jnp.uint8).astype(jnp.uint32) << (8 * lane) for q in in_8_bits]
+            words, sums = _joined(jnp.bitwise_or, words, bytes_), _joined(jnp.add, sums, more)
+            sizes = _joined(jnp.maximum, sizes, [functools.reduce(jnp.maximum, map(size_of, values))])
+        for part, word in zip(parts, words, strict=True):
+            turned = jax.lax.bitcast_convert_type(_woven(word.T, cut.lanes), q_ref.dtype)
+            turned_ref[part.at, part.columns, pl.ds(i * cut.down, cut.down)] = turned
+        done(jnp.max(sizes[0]), sums)
+
+    _choose(job, x_refs, place, run)
+
+
+def _joined(f: Callable, before: Sequence[Array], more: Sequence[Array]) -> list[Array]:
+    """Each with the same of the lanes before, if there are any. All lanes at the end would be as much more to hold."""
+    return list(map(f, before, more)) if before else list(more)
+
+
+def _woven(words: Array, count: int, every: int = 1, first: int = 0) -> Array:
+    """[C, count * n] of words [C, n]: their bytes side by side, as many as `count`, a power of two."""
+    if count == 1:
+        return (words >> (8 * first)).astype(jnp.uint8)
+    a, b = (_woven(words, count // 2, 2 * every, first + i * every) for i in range(2))
+    return jnp.concatenate([a[..., None], b[..., None]], axis=-1).reshape(words.shape[0], -1)

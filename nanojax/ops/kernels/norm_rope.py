@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.norm import EPS, rms_norm
 from nanojax.ops.rope import Rope, rotate
 
 TOKENS, WARPS = 16, 4  # of an instance (scripts/bench/LOG.md)
+Halves = tuple[Array, Array] | list[Array]
 
 
 def norm_rope_reference(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope: Rope) -> Float[Array, "B T N H"]:
@@ -111,13 +113,26 @@ def _forward(half: int, x_ref, *refs):
 def _backward(half: int, x_ref, *refs):
     *inputs, dx_ref, dgain_ref = refs
     # The array that is written over comes last, and is not read.
-    (x1, x2), (g1, g2), (cos, _), (minus_sin, _), (d1, d2) = (_halves(ref, half) for ref in (x_ref, *inputs[:4]))
-    over = jax.lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, axis=1, keepdims=True) / (2 * half) + EPS)
+    x, gain, (cos, _), (minus_sin, _), d = (_halves(ref, half) for ref in (x_ref, *inputs[:4]))
+    dx, dgain = turn_back(x, gain, (cos, minus_sin), d, x_ref.dtype)
+    for i in range(2):
+        dx_ref[:, pl.ds(i * half, half)] = dx[i].astype(dx_ref.dtype)
+        dgain_ref[pl.ds(i * half, half)] = jnp.sum(dgain[i], axis=0)
+
+
+def turn_back(x: Halves, gain: Halves, rope: Halves, d: Halves, dtype: DTypeLike) -> tuple[Halves, Halves]:
+    """The gradient of x [tokens, H / 2] and what sums over tokens to that of the gain, of two halves of a head each, from d, that of the
+    result, in float32.
+
+    `rope` has the cosines, and the sines that the first half is multiplied by; `dtype` is that of the model's activations.
+    """
+    (x1, x2), (g1, g2), (cos, minus_sin), (d1, d2) = x, gain, rope, d
+    size = 2 * x1.shape[1]
+    over = jax.lax.rsqrt(jnp.sum(x1 * x1 + x2 * x2, axis=1, keepdims=True) / size + EPS)
     n1, n2 = x1 * over, x2 * over
     # Back through the rotation, which is by the opposite angle, and rounded as the gradient of `rotate` is.
-    e1, e2 = (e.astype(x_ref.dtype).astype(jnp.float32) for e in (d1 * cos - d2 * minus_sin, d2 * cos + d1 * minus_sin))
-    dgain_ref[pl.ds(0, half)], dgain_ref[pl.ds(half, half)] = jnp.sum(e1 * n1, axis=0), jnp.sum(e2 * n2, axis=0)
+    e1, e2 = (e.astype(dtype).astype(jnp.float32) for e in (d1 * cos - d2 * minus_sin, d2 * cos + d1 * minus_sin))
+    dgain = e1 * n1, e2 * n2
     e1, e2 = e1 * g1[None], e2 * g2[None]
-    along = jnp.sum(e1 * n1 + e2 * n2, axis=1, keepdims=True) / (2 * half)
-    dx_ref[:, pl.ds(0, half)] = (over * (e1 - n1 * along)).astype(dx_ref.dtype)
-    dx_ref[:, pl.ds(half, half)] = (over * (e2 - n2 * along)).astype(dx_ref.dtype)
+    along = jnp.sum(e1 * n1 + e2 * n2, axis=1, keepdims=True) / size
+    return (over * (e1 - n1 * along), over * (e2 - n2 * along)), dgain
