@@ -12,7 +12,7 @@ import pytest
 
 from nanojax.config import Config, ModelConfig, TrainConfig
 from nanojax.errors import UserError
-from nanojax.program import choose_site
+from nanojax.site import choose_site
 from nanojax.sizes import resolve
 
 sys.path.append(str(Path(__file__).parents[1] / "scripts/bench"))

@@ -33,7 +33,8 @@ from nanojax.mesh import (
 )
 from nanojax.model import GPT, split
 from nanojax.ops.attention import reference_attention
-from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
+from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+from nanojax.ops.kernels.work import GIVEN
 from nanojax.sizes import resolve
 
 STEPS = 20

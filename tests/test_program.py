@@ -20,8 +20,9 @@ from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
 from nanojax.precision import Rounding, prepare_weights
-from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told, request_of
+from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 from nanojax.run_kind import RunKind
+from nanojax.site import request_of
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)

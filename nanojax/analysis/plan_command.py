@@ -85,7 +85,8 @@ def main(argv: Sequence[str]) -> None:
 
     from nanojax.analysis import plan
     from nanojax.mesh import make_mesh
-    from nanojax.program import choose_site, keep_compiled_programs
+    from nanojax.program import keep_compiled_programs
+    from nanojax.site import choose_site
     from nanojax.sizes import count_parameters, resolve
     from nanojax.telemetry import gib
 

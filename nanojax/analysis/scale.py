@@ -16,7 +16,8 @@ from nanojax.analysis.compiled import Memory, custom_calls
 from nanojax.analysis.hlo import Op, read_program
 from nanojax.analysis.plan import seconds_of
 from nanojax.config import ModelConfig
-from nanojax.program import DTYPES, Program
+from nanojax.program import Program
+from nanojax.site import DTYPES
 from nanojax.sizes import count_parameters
 
 # Assumed, not measured here: what NCCL reaches of the 450 GB/s of an H100's or H200's NVLink, and of a 400 Gb/s network card for each GPU.

@@ -28,8 +28,8 @@ from nanojax.mesh import replicated
 from nanojax.model import GPT
 from nanojax.ops.attention import PROMPT_ORDER, AttentionFn, make_attention, resolve
 from nanojax.ops.cache import Cache, empty_cache, grow
-from nanojax.program import DTYPES, attention_told
 from nanojax.run_kind import USUAL
+from nanojax.site import DTYPES, attention_told
 from nanojax.tokenizer import Tokenizer
 
 Arrays = TypeVar("Arrays")

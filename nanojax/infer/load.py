@@ -42,7 +42,8 @@ class Source:
         from nanojax.checkpoint import PARAMS, Checkpoints
         from nanojax.export.read import read_parts, read_weights
         from nanojax.infer.fused import refusal
-        from nanojax.program import DTYPES, keep_compiled_programs, make_program
+        from nanojax.program import keep_compiled_programs, make_program
+        from nanojax.site import DTYPES
 
         # First, whether weights of those sizes are there: a model as large as a config claims takes long to trace.
         parts = read_parts(self.export) if self.export else {}

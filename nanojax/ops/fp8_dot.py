@@ -18,8 +18,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.dot import dot
-from nanojax.ops.kernels.both_ways import GIVEN, Each, Rounded, Work, both_ways_reference, narrowed, scale_for, size_of
+from nanojax.ops.kernels.both_ways import Rounded, both_ways_reference, narrowed, scale_for, size_of
+from nanojax.ops.kernels.loss_gradient import Made
 from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
+from nanojax.ops.kernels.work import GIVEN, Each, Work
 from nanojax.ops.products import Products, multiply
 from nanojax.ops.xent import Head
 
@@ -137,8 +139,11 @@ feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 
 @functools.cache
-def fp8_head(rounded: Round) -> Head:
-    """The head in 8 bits: states and matrix in E4M3, the gradients of logits in E5M2, each block of tokens with scales of its own."""
+def fp8_head(rounded: Round, of_logits: Callable | None = None) -> Head:
+    """The head in 8 bits: states and matrix in E4M3, the gradients of logits in E5M2, each block of tokens with scales of its own.
+
+    `of_logits` is loss_gradient.nats_and_gradient where a kernel makes that gradient as it rounds.
+    """
 
     def prepare(w_DV: Array) -> tuple[Scaled, Scaled]:
         w = rounded(GIVEN, (w_DV[None],), E4M3)
@@ -148,12 +153,13 @@ def fp8_head(rounded: Round) -> Head:
         x = rounded(GIVEN, (x_BTD,), E4M3)
         return product("BTD,VD->BTV", Scaled(x.values, x.scale), prepared[1], x_BTD.dtype), Scaled(x.turned, x.scale)
 
-    def back(x: Scaled, prepared: tuple[Scaled, Scaled], d_BTV: Array) -> tuple[Array, Array]:
-        d = rounded(GIVEN, (d_BTV,), E5M2)
-        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], d_BTV.dtype)
+    def back(x: Scaled, prepared: tuple[Scaled, Scaled], d_BTV: Array | Made) -> tuple[Array, Array]:
+        work, xs = d_BTV if isinstance(d_BTV, tuple) else (GIVEN, (d_BTV,))
+        d = rounded(work, xs, E5M2)
+        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], xs[0].dtype)
         return dx_BTD, product("DN,VN->DV", x, Scaled(d.turned, d.scale), jnp.float32)
 
-    return Head(prepare, multiply, back)
+    return Head(prepare, multiply, back, of_logits)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nanojax.ops.kernels.both_ways import Work
+from nanojax.ops.kernels.work import Work
 
 
 class Products(NamedTuple):
@@ -24,7 +24,7 @@ class Products(NamedTuple):
     backward: Callable[[Any, Array], tuple[Array, Array]]
     """(what was kept, gradients of the results side by side [B, T, Y]) -> those of x and of the matrices side by side [I, Y]."""
     backward_of: Callable[[Any, Work, tuple[Array, ...]], tuple[Array, Array, Array | None]] | None = None
-    """`backward` of gradients that are made of others (kernels/both_ways.py), and what is summed on the way; or None where they are made
+    """`backward` of gradients that are made of others (kernels/work.py), and what is summed on the way; or None where they are made
     first.
     """
     feed_forward: Callable[[Array, Array, Array, tuple[Any, Any]], Array] | None = None

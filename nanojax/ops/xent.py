@@ -53,8 +53,10 @@ class Head(NamedTuple):
     """Matrix [D, V] -> what the next two are given, once for all blocks."""
     forward: Callable[[Array, Any], tuple[Array, Any]]
     """(x [B, T, D], what was prepared) -> (logits [B, T, V], what is kept)."""
-    backward: Callable[[Any, Any, Array], tuple[Array, Array]]
+    backward: Callable[[Any, Any, Any], tuple[Array, Array]]
     """(what was kept, what was prepared, gradient of the logits) -> gradients of x, in its type, and of the matrix, in float32."""
+    of_logits: Callable | None = None
+    """What takes the place of the loss's own, where that gradient is not an array."""
 
 
 PLAIN_HEAD = Head(
@@ -95,7 +97,7 @@ def total_nats_forward(x_BTD, w_DV, targets_BT, softcap, blocks, of_logits, head
         total, dw_DV = carry
         x, targets = part
         logits_BTV, kept = head.forward(x, prepared)
-        nats_BT, d_BTV = of_logits(logits_BTV, targets, softcap)
+        nats_BT, d_BTV = (head.of_logits or of_logits)(logits_BTV, targets, softcap)
         dx_BTD, d_DV = head.backward(kept, prepared, d_BTV)
         return (total + jnp.sum(nats_BT), dw_DV + d_DV), dx_BTD
 

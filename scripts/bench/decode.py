@@ -92,7 +92,7 @@ def check(bench: Bench) -> None:
 def require_served(bench: Bench, device: jax.Device) -> None:
     """Raise UserError on a config that does not fit the device, and on formats that it or the sizes of the model do not allow."""
     from nanojax.infer.fused import refusal
-    from nanojax.program import choose_site
+    from nanojax.site import choose_site
     from nanojax.sizes import resolve
 
     config = bench.config

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
 
     import jax
 
-    from nanojax.program import choose_site
+    from nanojax.site import choose_site
     from nanojax.sizes import resolve
 
     device = jax.devices()[0]
@@ -141,7 +141,7 @@ def attention_calls(config: Config, site: Any) -> Calls:
     import jax
     import jax.numpy as jnp
 
-    from nanojax.program import attention_of
+    from nanojax.site import attention_of
 
     c = config.model
     attend = attention_of(site)

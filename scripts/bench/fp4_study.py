@@ -68,7 +68,8 @@ def runner(base: Config) -> Callable[[str, int], dict[str, Any]]:
 
     from nanojax.data.shards import prepare
     from nanojax.evals.bpb import validator
-    from nanojax.program import DTYPES, formats, keep_compiled_programs, make_program
+    from nanojax.program import keep_compiled_programs, make_program
+    from nanojax.site import DTYPES, formats
 
     keep_compiled_programs(base.data.cache)
     data = prepare(base.data, base.model.vocab_size, print)

@@ -121,7 +121,8 @@ def rounding(way: Callable, work: Any, dtype: Any, *xs: Any) -> Any:
 def rounding_cases(both: Any) -> Iterator[Case]:
     """To 8 bits, of gates and ups side by side and of what SwiGLU makes of them."""
     from nanojax.ops.fp8_dot import E4M3, E5M2, SWIGLU, SWIGLU_BACKWARD
-    from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
+    from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
+    from nanojax.ops.kernels.work import GIVEN
 
     half = both[..., : both.shape[-1] // 2]
     for name, work, xs, dtype in (

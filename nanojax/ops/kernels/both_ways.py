@@ -2,14 +2,12 @@
 
 XLA rounds twice, and turns by kernels that reach half of the memory's rate. What is rounded may be made on the way, and is then never
 written. A pass for the largest number first would take half as long again: a few tokens say what scale to try, the pass that rounds
-finds the largest number, and what did not fit is rounded once more. B batch, T tokens, N of both, I columns, P parts of them, C columns
-of a part, L tokens of which an instance turns as many at once as there are bytes in a word.
+finds the largest number, and what did not fit is rounded once more. B batch, T tokens, N of both, I columns; C columns of a part and L
+lanes of a square as in work.py.
 """
 
 from __future__ import annotations
 
-import abc
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,138 +20,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
+from nanojax.ops.kernels.work import EVERY, Cut, Tiles, Work
 
-# What other sides and warps take is in scripts/bench/LOG.md.
-AT_ONCE, ACROSS = 16, 128  # tokens of a lane and columns of a square
-WARPS = 4  # of an instance
-WORD = 4  # bytes that are turned as one
-EVERY, ROOM = 64, 4  # of so many tokens one says how large numbers are, and all may be so many times as large
+ROOM = 4  # all numbers may be so many times as large as those of the tokens that say how large they are
 PROGRAMS = 256  # instances that look whether all fitted: most often they have nothing to do
 SIZES = 4096  # that such an instance loads at a time
 MANTISSA = (1 << 23) - 1  # the bits of float32 that a power of two has not
-
-
-class Cut(NamedTuple):
-    """How what is rounded, [N, P, C], is cut into squares, one an instance."""
-
-    grid: tuple[int, int]
-    """Squares down and across. Those of one row follow each other: they read what lies side by side."""
-    down: int
-    """Tokens of a square."""
-    lanes: int
-    """L."""
-    shape: tuple[int, int, int]
-    """N, P, C."""
-
-    def views(self, x: Array, *parts: int) -> Array:
-        """A tensor as an instance reads or writes it: [N / L, L, ...]."""
-        return x.reshape(-1, self.lanes, *parts)
-
-    def rows(self, i: Any) -> Any:
-        """Tokens of the squares that lie in row i, each with the L - 1 after it."""
-        size = self.down // self.lanes
-        return pl.ds(i * size, size)
-
-
-class Part(NamedTuple):
-    """What becomes of a part in an instance."""
-
-    value: Array
-    """In float32."""
-    at: Any
-    """Which of P it is."""
-    columns: Any
-    """Its place in C."""
-
-
-Tiles = Callable[[int], tuple[tuple[Part, ...], tuple[Array, ...]]]
-"""A lane of L -> (the parts of a square in it, arrays [tokens, ...] whose sums over tokens are wanted)."""
-
-
-class Work(abc.ABC):
-    """What is rounded, and of what it is made."""
-
-    warps: int
-    """Of an instance."""
-
-    @property
-    @abc.abstractmethod
-    def axes(self) -> tuple[tuple[str, ...], ...]:
-        """Of each tensor that it is made of (spread.py)."""
-
-    @abc.abstractmethod
-    def few(self, xs: Sequence[Array]) -> tuple[Array, ...]:
-        """Every `EVERY`th token of them."""
-
-    @abc.abstractmethod
-    def made(self, xs: Sequence[Array]) -> tuple[tuple[Array, ...], Array | None]:
-        """(what is rounded, in parts side by side, in the type of the first tensor; sums beside it, or None)."""
-
-    @abc.abstractmethod
-    def cut(self, xs: Sequence[Array], lanes: int = WORD) -> Cut:
-        """Into squares whose sides are powers of two, of so many lanes if there are as many tokens."""
-
-    @abc.abstractmethod
-    def views(self, cut: Cut, xs: Sequence[Array]) -> list[Array]:
-        """Tensors as `cases` takes them."""
-
-    @abc.abstractmethod
-    def sums(self, xs: Sequence[Array]) -> list[tuple[int, ...]]:
-        """Shape of the sums over tokens that are made on the way, [squares down, squares across, ...], if there are any."""
-
-    @abc.abstractmethod
-    def cases(self, cut: Cut, refs: Sequence[Any], i: Any, j: Any) -> list[tuple[Any, Tiles]]:
-        """(when, how the square is made that lies in row i and column j), of which one applies; None is always."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Each(Work):
-    """Made number by number."""
-
-    make: Callable[..., tuple[Array, ...]]
-    """(the parts of each tensor that is read, one after the other, in float32) -> parts of what is rounded."""
-    reads: tuple[int, ...] = (1,)
-    """Parts of each tensor, side by side along its columns and of one size."""
-    makes: int = 1
-    """Parts, side by side too."""
-    warps: int = WARPS
-
-    @property
-    def axes(self) -> tuple[tuple[str, ...], ...]:
-        return (ROWS,) * len(self.reads)
-
-    def few(self, xs: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(x[:, ::EVERY] for x in xs)
-
-    def made(self, xs: Sequence[Array]) -> tuple[tuple[Array, ...], Array | None]:
-        parts = [part.astype(jnp.float32) for x, count in zip(xs, self.reads, strict=True) for part in jnp.split(x, count, axis=-1)]
-        return tuple(part.astype(xs[0].dtype) for part in self.make(*parts)), None
-
-    def cut(self, xs: Sequence[Array], lanes: int = WORD) -> Cut:
-        n, columns = xs[0].size // xs[0].shape[-1], xs[0].shape[-1] // self.reads[0]
-        down, across = min(AT_ONCE * lanes, n & -n), min(ACROSS, columns & -columns)
-        return Cut((n // down, columns // across), down, min(lanes, down), (n, self.makes, columns))
-
-    def views(self, cut: Cut, xs: Sequence[Array]) -> list[Array]:
-        return [cut.views(x, count, cut.shape[2]) for x, count in zip(xs, self.reads, strict=True)]
-
-    def sums(self, xs: Sequence[Array]) -> list[tuple[int, ...]]:
-        del xs
-        return []
-
-    def cases(self, cut: Cut, refs: Sequence[Any], i: Any, j: Any) -> list[tuple[Any, Tiles]]:
-        across = cut.shape[2] // cut.grid[1]
-        columns = pl.ds(j * across, across)
-
-        def tiles(lane: int) -> tuple[tuple[Part, ...], tuple[Array, ...]]:
-            read = [(ref, part) for ref, count in zip(refs, self.reads, strict=True) for part in range(count)]
-            parts = self.make(*(ref[cut.rows(i), lane, part, columns].astype(jnp.float32) for ref, part in read))
-            return tuple(Part(value, at, columns) for at, value in enumerate(parts)), ()
-
-        return [(None, tiles)]
-
-
-GIVEN = Each(lambda x: (x,))
 
 
 class Rounded(NamedTuple):
@@ -193,6 +65,8 @@ def largest_of(parts: Sequence[Array]) -> Array:
 
 def seen(work: Work, xs: Sequence[Array]) -> Float[Array, " S"]:
     """The largest number that is made of every `EVERY`th token, each."""
+    if work.bound is not None:
+        return jnp.full(1, work.bound / ROOM, jnp.float32)
     return largest_of(work.made(work.few(xs))[0]).astype(jnp.float32).reshape(-1)
 
 
@@ -233,7 +107,12 @@ def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, *, interpret:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _call_seen(work: Work, interpret: bool, *xs: Array) -> Float[Array, "1 S"]:
-    """The largest that each instance sees, or by `seen` where a lane of so many tokens would be cut off by the end of a row."""
+    """The largest that each instance sees, or by `seen` where a lane of so many tokens would be cut off by the end of a row.
+
+    Nothing is looked at where the work says how large numbers are.
+    """
+    if work.bound is not None:
+        return jnp.full((1, 1), work.bound / ROOM, jnp.float32)
     if xs[0].shape[1] % EVERY:
         return seen(work, xs)[None]
     cut = work.cut(xs, EVERY)

@@ -1,6 +1,6 @@
 """Gradients of queries, keys and values before norms and rotation, made where they are rounded to 8 bits: they are never written.
 
-B batch, T tokens, N query heads, K key and value heads, H head size, L lanes of a square (both_ways.py).
+B batch, T tokens, N query heads, K key and value heads, H head size, L lanes of a square (work.py).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from nanojax.ops.kernels.both_ways import EVERY, WARPS, WORD, Cut, Part, Tiles, Work
 from nanojax.ops.kernels.norm_rope import norm_rope_reference, turn_back
 from nanojax.ops.kernels.spread import ROWS, TABLE
+from nanojax.ops.kernels.work import EVERY, WARPS, WORD, Cut, Part, Tiles, Work
 
 AT_ONCE = 8  # tokens of a lane (scripts/bench/LOG.md)
 
@@ -29,6 +29,7 @@ class TurnBack(Work):
     """
 
     warps: int = WARPS
+    bound: float | None = None
 
     @property
     def axes(self) -> tuple[tuple[str, ...], ...]:

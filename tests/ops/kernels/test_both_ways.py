@@ -11,8 +11,9 @@ import pytest
 
 from nanojax.ops.fp8_dot import SWIGLU, SWIGLU_BACKWARD
 from nanojax.ops.kernels import both_ways as both_ways_module
-from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
+from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.swiglu import swiglu_reference
+from nanojax.ops.kernels.work import GIVEN
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from nanojax.ops.fp8_dot import E5M2, fp8_products
-from nanojax.ops.kernels.both_ways import GIVEN, both_ways, both_ways_reference
+from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.norm_rope import norm_rope_reference
 from nanojax.ops.kernels.qkv import How, qkv
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.kernels.turn_back import TURN_BACK
+from nanojax.ops.kernels.work import GIVEN
 from nanojax.ops.products import Products
 from nanojax.ops.rope import rope_table
 
