@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": dict(precision="int4"),
     "full": dict(fp4_recipe="full"),
     "fp8": dict(precision="fp8"),
+    "fp8_head": dict(precision="fp8", fp8_head=True),
     "plain": dict(kernels="plain"),
     "te": dict(attn_impl="te"),
     "cudnn": dict(attn_impl="cudnn"),
@@ -33,7 +34,9 @@ class Bench:
     """What to time."""
 
     names: tuple[str, ...] = ("bf16", "nvfp4", "nvfp4_2d", "mxfp4", "int4")
-    """Of bf16, fp8, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; plain, without kernels; te, cudnn, xla, the attention."""
+    """Of bf16, fp8, fp8_head, with the head in 8 bits too, nvfp4, nvfp4_2d, mxfp4, int4; full, the full recipe; plain, without kernels;
+    te, cudnn, xla, the attention.
+    """
     rounds: int = 4
     """Turns of each, alternating, every other time in reverse; the first is dropped."""
     steps_a_round: int = 5
