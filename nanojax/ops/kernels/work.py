@@ -99,14 +99,17 @@ class Work(abc.ABC):
         """(when, how the square is made that lies in row i and column j), of which one applies; None is always."""
 
 
+TOKEN, COLUMN = 0, -1  # what a tensor has a number for, [B, T] or [C]
+
+
 @dataclasses.dataclass(frozen=True)
 class Each(Work):
     """Made number by number."""
 
     make: Callable[..., tuple[Array, ...]]
-    """(the parts of each tensor that is read, one after the other, in float32) -> parts of what is rounded."""
+    """(the parts of each tensor that is read, one after the other; floats in float32) -> parts of what is rounded."""
     reads: tuple[int, ...] = (1,)
-    """Parts of each tensor, side by side along its columns and of one size."""
+    """Parts of each tensor, side by side along its columns and of one size; or TOKEN or COLUMN."""
     makes: int = 1
     """Parts, side by side too."""
     warps: int = WARPS
@@ -114,14 +117,16 @@ class Each(Work):
 
     @property
     def axes(self) -> tuple[tuple[str, ...], ...]:
-        return (ROWS,) * len(self.reads)
+        return tuple(() if count == COLUMN else ROWS for count in self.reads)
 
     def few(self, xs: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(x[:, ::EVERY] for x in xs)
+        return tuple(x if count == COLUMN else x[:, ::EVERY] for x, count in zip(xs, self.reads, strict=True))
 
     def made(self, xs: Sequence[Array]) -> tuple[tuple[Array, ...], Array | None]:
-        parts = [part.astype(jnp.float32) for x, count in zip(xs, self.reads, strict=True) for part in jnp.split(x, count, axis=-1)]
-        return tuple(part.astype(xs[0].dtype) for part in self.make(*parts)), None
+        parts: list[Array] = []
+        for x, count in zip(xs, self.reads, strict=True):
+            parts += [x[..., None]] if count == TOKEN else [x[None, None]] if count == COLUMN else jnp.split(x, count, axis=-1)
+        return tuple(part.astype(xs[0].dtype) for part in self.make(*map(_wide, parts))), None
 
     def cut(self, xs: Sequence[Array], lanes: int = WORD) -> Cut:
         n, columns = xs[0].size // xs[0].shape[-1], xs[0].shape[-1] // self.reads[0]
@@ -129,7 +134,10 @@ class Each(Work):
         return Cut((n // down, columns // across), down, min(lanes, down), (n, self.makes, columns))
 
     def views(self, cut: Cut, xs: Sequence[Array]) -> list[Array]:
-        return [cut.views(x, count, cut.shape[2]) for x, count in zip(xs, self.reads, strict=True)]
+        flat = []
+        for x, count in zip(xs, self.reads, strict=True):
+            flat.append(x if count == COLUMN else cut.views(x) if count == TOKEN else cut.views(x, count, cut.shape[2]))
+        return flat
 
     def sums(self, xs: Sequence[Array]) -> list[tuple[int, ...]]:
         del xs
@@ -140,11 +148,19 @@ class Each(Work):
         columns = pl.ds(j * across, across)
 
         def tiles(lane: int) -> tuple[tuple[Part, ...], tuple[Array, ...]]:
-            read = [(ref, part) for ref, count in zip(refs, self.reads, strict=True) for part in range(count)]
-            parts = self.make(*(ref[cut.rows(i), lane, part, columns].astype(jnp.float32) for ref, part in read))
-            return tuple(Part(value, at, columns) for at, value in enumerate(parts)), ()
+            rows, parts = cut.rows(i), []
+            for ref, count in zip(refs, self.reads, strict=True):
+                parts += [ref[rows, lane][:, None]] if count == TOKEN else [ref[columns][None]] if count == COLUMN else []
+                parts += [ref[rows, lane, part, columns] for part in range(count)]
+            return tuple(Part(value, at, columns) for at, value in enumerate(self.make(*map(_wide, parts)))), ()
 
         return [(None, tiles)]
 
 
+def _wide(x: Array) -> Array:
+    return x.astype(jnp.float32) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 GIVEN = Each(lambda x: (x,))
+NORMED = Each(lambda x, over, gain: (x * over * gain,), (1, TOKEN, COLUMN))
+"""(x [B, T, D], over [B, T], gain [D]) of a norm (ops/norm.py)."""
