@@ -19,7 +19,7 @@ from nanojax.mesh import parts, place
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.dot import dot as plain_dot
 from nanojax.ops.elementwise import PLAIN, Elementwise, project
-from nanojax.ops.norm import rms_norm
+from nanojax.ops.norm import Normed, rms_norm, written
 from nanojax.ops.rope import rope_table, rotate
 from nanojax.vocabulary import look_up
 
@@ -83,13 +83,13 @@ class Attention(nnx.Module):
         self.project = elementwise.project if c.qk_norm else functools.partial(project, turn=only_rotate)
         self.head_dim = c.head_dim
 
-    def __call__(self, x_BTD: Float[Array, "B T D"], rope, attend: Attend) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed, rope, attend: Attend) -> Float[Array, "B T D"]:
         products, gains = (self.q, self.k, self.v), (self.q_norm.weight, self.k_norm.weight)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, products, gains, rope, self.head_dim)
         with jax.named_scope("attend"):
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH)
         with jax.named_scope("out"):
-            return self.o(y_BTNH.reshape(*x_BTD.shape[:2], -1))
+            return self.o(y_BTNH.reshape(*y_BTNH.shape[:2], -1))
 
 
 class SwiGLU(nnx.Module):
@@ -102,7 +102,7 @@ class SwiGLU(nnx.Module):
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
         self.feed_forward = elementwise.feed_forward
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
         return self.feed_forward(x_BTD, self.gate, self.up, self.down)
 
 
@@ -115,8 +115,8 @@ class ReLU2(nnx.Module):
         self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down(jnp.square(jax.nn.relu(self.up(x_BTD))))
+    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
+        return self.down(jnp.square(jax.nn.relu(self.up(written(x_BTD)))))
 
 
 class Block(nnx.Module):
@@ -132,14 +132,14 @@ class Block(nnx.Module):
         self.attention = Attention(c, dot=dot, key=k_attention, elementwise=elementwise)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn, elementwise=elementwise)
-        self.add_and_norm = elementwise.add_and_norm
+        self.add_and_read = elementwise.add_and_read
 
     def __call__(self, x_BTD: Array, y_BTD: Array | None, rope, attend: Attend) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         with jax.named_scope("attention"):
-            x_BTD, h_BTD = self.add_and_norm(x_BTD, y_BTD, self.norm_1.weight)
+            x_BTD, h_BTD = self.add_and_read(x_BTD, y_BTD, self.norm_1.weight)
             y_BTD = self.attention(h_BTD, rope, attend)
         with jax.named_scope("ffn"):
-            x_BTD, h_BTD = self.add_and_norm(x_BTD, y_BTD, self.norm_2.weight)
+            x_BTD, h_BTD = self.add_and_read(x_BTD, y_BTD, self.norm_2.weight)
             return x_BTD, self.ffn(h_BTD)
 
 

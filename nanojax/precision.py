@@ -90,12 +90,12 @@ def prepare_weights(params: dict[str, Array], *, rounding: Rounding, dtype: jnp.
 
 
 def prepare_step(
-    params: dict[str, Array], *, prepare: Callable, rounding: Rounding, train: TrainConfig, whole: bool, together: bool
+    params: dict[str, Array], *, prepare: Callable, rounding: Rounding, train: TrainConfig, whole: bool, together: Collection[str]
 ) -> tuple[dict[str, Array], dict[str, Matrices | None]]:
     """(weights by `prepare`; those whose products round what they multiply -> what is made of them once a step).
 
-    That is all of a matrix in 8 bits where every device has `whole` ones: those that are gathered are rounded then. `together`: queries,
-    keys and values are multiplied as one, gates and ups too.
+    That is all of a matrix in 8 bits where every device has `whole` ones: those that are gathered are rounded then. `together` are the
+    parts of a layer, of attention and ffn, in which what reads the same is multiplied as one.
     """
     weights, ready = prepare(params), {}
     if rounding.format == "fp8":
@@ -106,9 +106,9 @@ def prepare_step(
     return weights, {name: ready.get(name) for name in names}
 
 
-def eight_bit_matrices(weights: dict[str, Array], names: Collection[str], *, together: bool) -> dict[str, Matrices]:
-    """Of those names the matrices in 8 bits, by the first of several that are multiplied `together`."""
-    groups = [siblings(name, names) if together else [name] for name in names]
+def eight_bit_matrices(weights: dict[str, Array], names: Collection[str], *, together: Collection[str]) -> dict[str, Matrices]:
+    """Of those names the matrices in 8 bits, by the first of several that are multiplied as one in the parts that are `together`."""
+    groups = [siblings(name, names) if any(f".{part}." in name for part in together) else [name] for name in names]
     by_shapes = collections.defaultdict(list)
     for group in (group for name, group in zip(names, groups, strict=True) if name == group[0]):
         by_shapes[tuple(weights[name].shape for name in group), ".ffn." in group[0]].append(group)

@@ -179,7 +179,7 @@ def make_program(
 
     def make_phase(rounding: Rounding) -> Phase:
         ready = prepare or functools.partial(prepare_weights, rounding=rounding, dtype=dtype)
-        how = dict(rounding=rounding, train=train, whole=site.whole_matrices, together=site.no_kernels is None)
+        how = dict(rounding=rounding, train=train, whole=site.whole_matrices, together=site.together)
         for_step = functools.partial(prepare_step, prepare=ready, **how)
         loss = functools.partial(microbatch_nats, graph, total=total, packed=packed)
         step = functools.partial(train_step, tx=tx, lr=schedule(config.optim, config.steps), prepare=for_step, loss=loss, shardings=by_name)

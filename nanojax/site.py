@@ -69,6 +69,13 @@ class Site:
         return self.mesh.shape["fsdp"] * self.mesh.shape["tensor"] == 1
 
     @property
+    def together(self) -> tuple[str, ...]:
+        """Parts of a layer in which kernels multiply what reads the same as one, where matrices are whole."""
+        if self.no_kernels:
+            return ()
+        return ("attention", "ffn") if self.config.model.qk_norm else ("ffn",)
+
+    @property
     def rounding(self) -> Rounding:
         """The format, and the weights that are in it."""
         return Rounding.of(self.config, self.precision)

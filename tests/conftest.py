@@ -95,7 +95,7 @@ def tiny_config():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_config):
-    """tiny_model(seed=0, attention=..., compute_dtype=..., remat=..., elementwise=..., **config): (graph, params).
+    """tiny_model(seed=0, attention=..., compute_dtype=..., remat=..., elementwise=..., dot=..., **config): (graph, params).
 
     Parameters are random instead of initialised: real models start with head, o and down at zero, which would hide most mistakes.
     """
@@ -103,13 +103,14 @@ def tiny_model(tiny_config):
 
     from nanojax.model import GPT, split
     from nanojax.ops.attention import reference_attention
+    from nanojax.ops.dot import dot as plain_dot
     from nanojax.ops.elementwise import PLAIN
 
-    def make(seed=0, *, attention=reference_attention, compute_dtype=jnp.float32, remat=False, elementwise=PLAIN, **config):
+    def make(seed=0, *, attention=reference_attention, compute_dtype=jnp.float32, remat=False, elementwise=PLAIN, dot=plain_dot, **config):
         c = tiny_config(**config)
         with nnx.use_eager_sharding(False):  # no mesh here
             key = jax.random.key(0)
-            how = dict(attention=attention, compute_dtype=compute_dtype, remat=remat, elementwise=elementwise)
+            how = dict(attention=attention, compute_dtype=compute_dtype, remat=remat, elementwise=elementwise, dot=dot)
             graph, shapes, _ = split(lambda: GPT(c, key=key, **how))
         rng = np.random.default_rng(seed)
         params = {}

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float
 from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
 from nanojax.ops.kernels import swiglu_down as fused
-from nanojax.ops.kernels.norm import Stream
+from nanojax.ops.kernels.norm import Stream, add_and_norm_later
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
 from nanojax.ops.kernels.qkv import How, Three, qkv
 from nanojax.ops.kernels.spread import HEADS, ROWS, TABLE, Spread
 from nanojax.ops.kernels.swiglu import swiglu
-from nanojax.ops.norm import rms_norm
+from nanojax.ops.norm import Normed, rms_norm, written
 from nanojax.ops.packed import PackedMatrix
 from nanojax.ops.products import PLAIN_PRODUCTS, Products, multiply
 from nanojax.ops.rope import Rope, rotate
@@ -44,18 +44,24 @@ def norm_and_rotate(x_BTNH: Float[Array, "B T N H"], gain_H: Gain, rope: Rope) -
 
 
 def project(
-    x_BTD: Stream, products: Sequence[Callable], gains: tuple[Gain, Gain], rope: Rope, head_dim: int, turn: Callable = norm_and_rotate
+    x_BTD: Stream | Normed,
+    products: Sequence[Callable],
+    gains: tuple[Gain, Gain],
+    rope: Rope,
+    head_dim: int,
+    turn: Callable = norm_and_rotate,
 ) -> Three:
     """(queries, keys, values) of x by three products, their heads apart; queries and keys through `turn`."""
-    heads = (*x_BTD.shape[:2], -1, head_dim)
+    x_BTD, heads = written(x_BTD), (*x_BTD.shape[:2], -1, head_dim)
     with jax.named_scope("qkv"):
         q_BTNH, k_BTKH, v_BTKH = (product(x_BTD).reshape(heads) for product in products)
     with jax.named_scope("rope"):
         return turn(q_BTNH, gains[0], rope), turn(k_BTKH, gains[1], rope), v_BTKH
 
 
-def feed_forward(x_BTD: Float[Array, "B T D"], gate: Callable, up: Callable, down: Callable) -> Float[Array, "B T D"]:
+def feed_forward(x_BTD: Float[Array, "B T D"] | Normed, gate: Callable, up: Callable, down: Callable) -> Float[Array, "B T D"]:
     """down(silu(gate(x)) * up(x)), of three products. Shazeer 2020, arXiv:2002.05202, equation 6."""
+    x_BTD = written(x_BTD)
     return down(jax.nn.silu(gate(x_BTD)) * up(x_BTD))
 
 
@@ -64,6 +70,8 @@ class Elementwise:
     """One way to compute each. All ways agree up to rounding, gradients too."""
 
     add_and_norm: Callable = add_and_norm
+    add_and_read: Callable = add_and_norm
+    """The same for what a layer reads, which may be a Normed."""
     project: Callable = project
     feed_forward: Callable = feed_forward
     nats_and_gradient: Callable = nats_and_gradient
@@ -86,6 +94,11 @@ def refusal(request: Request) -> str | None:
     return None
 
 
+def known(gain: Gain, size: int) -> Array:
+    """A gain that does nothing where there is none."""
+    return jnp.ones(size, jnp.float32) if gain is None else gain
+
+
 def kernels(
     spread: Spread, products: Products | None, *, whole: bool = True, hopper: int | None = None, interpret: bool = False
 ) -> Elementwise:
@@ -105,11 +118,8 @@ def kernels(
     def chosen(layer: Any) -> Products:
         return PLAIN_PRODUCTS if products is None or layer.key is None else products
 
-    def known(gain: Gain, size: int) -> Array:
-        return jnp.ones(size, jnp.float32) if gain is None else gain
-
-    def norm(x_BTD, y_BTD, gain_D):
-        return norm_kernel(x_BTD, y_BTD, known(gain_D, x_BTD.shape[-1]), interpret, spread)
+    def norm(x_BTD, y_BTD, gain_D, kernel=norm_kernel):
+        return kernel(x_BTD, y_BTD, known(gain_D, x_BTD.shape[-1]), interpret, spread)
 
     def turn(x_BTNH, gain_H, rope):
         if rope[0].ndim == 3:  # rows whose tokens are at places of their own: decoding
@@ -122,8 +132,8 @@ def kernels(
             return project(x_BTD, layers, gains, rope, head_dim, turn)
         ws = tuple(layer.w.get_value().astype(x_BTD.dtype) for layer in layers)
         with jax.named_scope("qkv"):
-            how = How(head_dim, spread, chosen(layers[0]), interpret)
-            return qkv(x_BTD, ws, tuple(known(gain, head_dim) for gain in gains), rope, how, layers[0].ready)
+            how, both = How(head_dim, spread, chosen(layers[0]), interpret), tuple(known(gain, head_dim) for gain in gains)
+            return qkv(x_BTD if how.products.later else written(x_BTD), ws, both, rope, how, layers[0].ready)
 
     def within_product(x_BTD, down):
         f, d = down.w.get_value().shape
@@ -133,18 +143,19 @@ def kernels(
         if not side_by_side((gate, up)):
             return feed_forward(x_BTD, gate, up, down)
         both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
-        known = side_by_side((down,)) and chosen(down) is chosen(gate)
-        joint = chosen(gate).feed_forward
-        if known and joint is not None:
+        alike = side_by_side((down,)) and chosen(down) is chosen(gate)
+        if alike and (joint := chosen(gate).feed_forward) is not None:
             return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype), (gate.ready, down.ready))
+        x_BTD = written(x_BTD)
         with jax.named_scope("gate_up"):
             both_BTF = multiply(x_BTD, both_DF, chosen(gate), gate.ready)
         with jax.named_scope("down"):
-            if known and within_product(x_BTD, down):
+            if alike and within_product(x_BTD, down):
                 return fused.swiglu_down(both_BTF, down.w.get_value().astype(x_BTD.dtype), fused.How(spread, interpret))
             return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
 
-    return Elementwise(norm, project_joined, feed, functools.partial(_nats, interpret) if whole else nats_and_gradient)
+    read = functools.partial(norm, kernel=add_and_norm_later) if whole and products is not None and products.later else norm
+    return Elementwise(norm, read, project_joined, feed, functools.partial(_nats, interpret) if whole else nats_and_gradient)
 
 
 def _nats(interpret: bool, logits_BTV: Array, targets_BT: Array, softcap: float | None) -> tuple[Array, Array]:

@@ -21,7 +21,8 @@ from nanojax.ops.dot import dot
 from nanojax.ops.kernels.both_ways import Rounded, both_ways_reference, narrowed, scale_for, size_of
 from nanojax.ops.kernels.loss_gradient import Made
 from nanojax.ops.kernels.swiglu import silu_times, silu_times_backward
-from nanojax.ops.kernels.work import GIVEN, Each, Work
+from nanojax.ops.kernels.work import GIVEN, NORMED, Each, Work
+from nanojax.ops.norm import Normed, gradient_like
 from nanojax.ops.products import Products, multiply
 from nanojax.ops.xent import Head
 
@@ -110,29 +111,34 @@ def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round
     return dx_BTI, product("IN,YN->IY", x, Scaled(dy.turned, dy.scale), dtype), dy.sums
 
 
+def of_norm(x_BTI: Array | Normed, ws: tuple[Array, ...], ready: Matrices | None, rounded: Round):
+    """`forward` of an array, or of a norm that is made where it is rounded."""
+    return forward(tuple(x_BTI), ws, ready, rounded, NORMED) if isinstance(x_BTI, Normed) else forward((x_BTI,), ws, ready, rounded)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def feed_forward(
-    x_BTD: Float[Array, "B T D"], w_both_DY: Float[Array, "D Y"], w_down_FD: Float[Array, "F D"], ready: Ready, rounded: Round
+    x_BTD: Float[Array, "B T D"] | Normed, w_both_DY: Float[Array, "D Y"], w_down_FD: Float[Array, "F D"], ready: Ready, rounded: Round
 ) -> Float[Array, "B T D"]:
     """(silu(x w_gate) * (x w_up)) w_down of gate and up side by side, Y = 2F, its elementwise work done where its results are rounded."""
     return _feed_forward(x_BTD, w_both_DY, w_down_FD, ready, rounded)[0]
 
 
-def _feed_forward(x_BTD: Array, w_both_DY: Array, w_down_FD: Array, ready: Ready, rounded: Round):
+def _feed_forward(x_BTD: Array | Normed, w_both_DY: Array, w_down_FD: Array, ready: Ready, rounded: Round):
     with jax.named_scope("gate_up"):
-        (both_BTY,), kept_both = forward((x_BTD,), (w_both_DY,), ready[0], rounded)
+        (both_BTY,), kept_both = of_norm(x_BTD, (w_both_DY,), ready[0], rounded)
     with jax.named_scope("down"):
         (y_BTD,), kept_down = forward((both_BTY,), (w_down_FD,), ready[1], rounded, SWIGLU)
-    return y_BTD, (both_BTY, kept_both, kept_down)
+    return y_BTD, (x_BTD, both_BTY, kept_both, kept_down)
 
 
-def _feed_forward_backward(rounded: Round, kept: tuple[Array, tuple, tuple], dy_BTD: Array):
-    both_BTY, kept_both, kept_down = kept
+def _feed_forward_backward(rounded: Round, kept: tuple[Array | Normed, Array, tuple, tuple], dy_BTD: Array):
+    x_BTD, both_BTY, kept_both, kept_down = kept
     with jax.named_scope("down"):
         dh_BTF, dw_down_FD, _ = backward(kept_down, (dy_BTD,), rounded)
     with jax.named_scope("gate_up"):
         dx_BTD, dw_both_DY, _ = backward(kept_both, (both_BTY, dh_BTF), rounded, SWIGLU_BACKWARD)
-    return dx_BTD, dw_both_DY, dw_down_FD, None
+    return gradient_like(x_BTD, dx_BTD), dw_both_DY, dw_down_FD, None
 
 
 feed_forward.defvjp(_feed_forward, _feed_forward_backward)
@@ -166,8 +172,9 @@ def fp8_head(rounded: Round, of_logits: Callable | None = None) -> Head:
 def fp8_products(rounded: Round) -> Products:
     """Of matrices that share what they multiply; `rounded` rounds it, and what comes back."""
     return Products(
-        lambda x, ws, ready=None: forward((x,), ws, ready, rounded),
+        lambda x, ws, ready=None: of_norm(x, ws, ready, rounded),
         lambda kept, dy: backward(kept, (dy,), rounded)[:2],
         lambda kept, work, dys: backward(kept, dys, rounded, work),
         lambda x, w_both, w_down, ready=(None, None): feed_forward(x, w_both, w_down, ready, rounded),
+        later=True,
     )

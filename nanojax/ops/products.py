@@ -19,18 +19,22 @@ from nanojax.ops.kernels.work import Work
 class Products(NamedTuple):
     """How to multiply. What the first function keeps is what the second is given."""
 
-    forward: Callable[[Array, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
-    """(x [B, T, I], matrices [I, O] in its type, what was made of them before or None) -> (x @ each, what is kept)."""
+    forward: Callable[[Any, tuple[Array, ...], Any], tuple[tuple[Array, ...], Any]]
+    """(x [B, T, I], or a Normed where norms are `later`, matrices [I, O] in its type, what was made of them before or None) -> (x @ each,
+    what is kept).
+    """
     backward: Callable[[Any, Array], tuple[Array, Array]]
     """(what was kept, gradients of the results side by side [B, T, Y]) -> those of x and of the matrices side by side [I, Y]."""
     backward_of: Callable[[Any, Work, tuple[Array, ...]], tuple[Array, Array, Array | None]] | None = None
     """`backward` of gradients that are made of others (kernels/work.py), and what is summed on the way; or None where they are made
     first.
     """
-    feed_forward: Callable[[Array, Array, Array, tuple[Any, Any]], Array] | None = None
+    feed_forward: Callable[[Any, Array, Array, tuple[Any, Any]], Array] | None = None
     """(x [B, T, D], gate and up side by side [D, 2F], down [F, D], what was made of these two before) -> SwiGLU's feed-forward, or None
     where its work is apart.
     """
+    later: bool = False
+    """Whether a norm may be left to them."""
 
 
 def forward(x_BTI: Float[Array, "B T I"], ws: tuple[Array, ...], ready: Any = None):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +12,18 @@ import numpy as np
 import pytest
 from generating import packed
 
+from nanojax.config import TrainConfig
 from nanojax.model import merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
+from nanojax.ops.fp8_dot import fp8_dot, fp8_products
 from nanojax.ops.kernels import swiglu_down as fused
+from nanojax.ops.kernels.both_ways import both_ways
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.products import PLAIN_PRODUCTS
 from nanojax.ops.xent import total_nats
-from nanojax.precision import Rounding, quantize_weights
+from nanojax.precision import Rounding, prepare_step, prepare_weights, quantize_weights
+from nanojax.step import microbatch_nats
 
 GPU = Request(platform="gpu", capability="9.0", dtype=jnp.bfloat16, rows=1, tokens=64, heads=4, kv_heads=2, head_dim=128)
 
@@ -61,6 +67,69 @@ def test_a_model_loses_and_learns_the_same_with_kernels(tiny_model, changes, rem
     np.testing.assert_allclose(value, want, rtol=1e-6)
     for name, g in wanted.items():
         np.testing.assert_allclose(got[name], g, atol=1e-5 * float(jnp.abs(g).max()), err_msg=name)  # sums of float32 in another order
+
+
+def away(a: jax.Array, b: jax.Array) -> float:
+    """How far a is from b, of its size."""
+    return float(jnp.linalg.norm((a - b).astype(jnp.float32)) / jnp.linalg.norm(b.astype(jnp.float32)))
+
+
+class Batch(NamedTuple):
+    inputs: jax.Array
+    targets: jax.Array
+    segments: None = None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(depth=1),
+        pytest.param(dict(depth=1, norm="fixed", ffn="relu2"), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, qk_norm=False, n_kv_head=1), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_in_8_bits_it_is_the_same_whatever_is_made_where_it_is_rounded(tiny_model, changes):
+    """Norms, gradients of queries, keys and values, and matrices once a step or every time: gradients too, of gains among them."""
+    rounded = functools.partial(both_ways, interpret=True)
+    rng = np.random.default_rng(0)
+    batch = Batch(*(jnp.asarray(rng.integers(0, 64, (2, 64)), jnp.int32) for _ in range(2)))
+
+    def nats_and_gradients(products, once):
+        between = kernels(alone, products, interpret=True)
+        how = dict(compute_dtype=jnp.bfloat16, elementwise=between, dot=functools.partial(fp8_dot, rounded=rounded))
+        graph, params = tiny_model(**how, **changes)
+        prepare = functools.partial(prepare_weights, rounding=Rounding("fp8"), dtype=jnp.bfloat16)
+        total = functools.partial(total_nats, blocks=2, of_logits=between.nats_and_gradient)
+
+        @jax.jit
+        def run(params):
+            weights, rounds = prepare_step(
+                params, prepare=prepare, rounding=Rounding("fp8"), train=TrainConfig(), whole=once, together=together
+            )
+            assert any(matrices is not None for matrices in rounds.values()) == once
+            loss = functools.partial(microbatch_nats, graph, total=total, packed=False)
+            return jax.value_and_grad(loss)(weights, batch, jax.random.key(0), rounds)
+
+        return run(params)
+
+    products, together = fp8_products(rounded), ("attention", "ffn") if changes.get("qk_norm", True) else ("ffn",)
+    apart = products._replace(later=False, backward_of=None)
+    (value, got), (want, wanted) = nats_and_gradients(products, True), nats_and_gradients(apart, False)
+    np.testing.assert_allclose(value, want, rtol=1e-3)
+    for name, g in wanted.items():
+        assert got[name].dtype == g.dtype
+        assert away(got[name], g) < 0.02, name
+
+
+def test_without_keys_a_model_in_8_bits_is_the_plain_one(tiny_model):
+    """As it is evaluated: what a layer reads is then written, on a GPU with products that do the work after them too."""
+    products = fp8_products(functools.partial(both_ways, interpret=True))
+    graph, params = tiny_model(elementwise=kernels(alone, products, hopper=1, interpret=True), dot=fp8_dot)
+    plain, _ = tiny_model()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 12)), jnp.int32)
+    got, want = (jax.jit(lambda params, g=g: merge(g, params)(tokens))(params) for g in (graph, plain))
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 def test_rows_at_places_of_their_own_are_turned_one_by_one(tiny_model):

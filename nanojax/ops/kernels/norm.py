@@ -6,6 +6,7 @@ N tokens, D model. An instance takes a few tokens at a time, and D in powers of 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.kernels.pieces import powers_of_two
 from nanojax.ops.kernels.spread import PARTS, ROWS, Spread, alone
-from nanojax.ops.norm import EPS, rms_norm
+from nanojax.ops.norm import EPS, Normed, rms_norm
 
 TOKENS, WARPS = 2, 2  # at a time, and of an instance (scripts/bench/LOG.md)
 TURNS = 16  # of an instance backward: so many tokens share a sum for the gradient of the gain
@@ -58,6 +59,50 @@ def _add_and_norm_backward(interpret: bool, spread: Spread, kept: tuple[Array, A
 add_and_norm.defvjp(_add_and_norm_forward, _add_and_norm_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def add_and_norm_later(
+    x_BTD: Stream, y_BTD: Stream | None, gain_D: Float[Array, " D"], interpret: bool = False, spread: Spread = alone
+) -> tuple[Array, Normed]:
+    """`add_and_norm` whose norm is left to what reads it."""
+    xs = (x_BTD,) if y_BTD is None else (x_BTD, y_BTD)
+    over_BT, *made = spread(functools.partial(_call_later, interpret), [ROWS for _ in xs], [ROWS for _ in xs])(*xs)
+    x_BTD = made[0] if made else x_BTD
+    return x_BTD, Normed(x_BTD, over_BT, gain_D.astype(jnp.float32))
+
+
+def _add_and_norm_later_forward(x_BTD: Array, y_BTD: Array | None, gain_D: Array, interpret: bool, spread: Spread):
+    made: Any = add_and_norm_later(x_BTD, y_BTD, gain_D, interpret, spread)
+    return made, (made[0], gain_D, None if y_BTD is None else ())
+
+
+def _add_and_norm_later_backward(
+    interpret: bool, spread: Spread, kept: tuple[Array, Array, tuple | None], cotangents: tuple[Array, Normed]
+):
+    return _add_and_norm_backward(interpret, spread, kept, (cotangents[0], cotangents[1].x))
+
+
+add_and_norm_later.defvjp(_add_and_norm_later_forward, _add_and_norm_later_backward)
+
+
+def _call_later(interpret: bool, *xs: Array) -> tuple[Array, ...]:
+    """1 / rms of each token, then the sum of two."""
+    shape, d = xs[0].shape, xs[0].shape[-1]
+    n = xs[0].size // d
+    tokens = min(TOKENS, n & -n)
+    own = pl.BlockSpec((tokens, d), lambda i: (i, 0))
+    over, *made = pl.pallas_call(
+        functools.partial(_later, tokens),
+        out_shape=[jax.ShapeDtypeStruct((n,), jnp.float32), *[jax.ShapeDtypeStruct((n, d), xs[0].dtype)] * (len(xs) - 1)],
+        grid=(n // tokens,),
+        in_specs=[own] * len(xs),
+        out_specs=[pl.BlockSpec((tokens,), lambda i: (i,)), *[own] * (len(xs) - 1)],
+        compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
+        name="norm_later",
+        interpret=interpret,
+    )(*(x.reshape(n, d) for x in xs))
+    return over.reshape(shape[:-1]), *(y.reshape(shape) for y in made)
+
+
 def _call(kernel: Any, interpret: bool, gain_D: Array, *xs: Array) -> tuple[Array, ...]:
     """Run a kernel over blocks of tokens. It makes an array like x, then the sum of two, or backward a part of the gain's gradient."""
     shape, d = xs[0].shape, xs[0].shape[-1]
@@ -96,18 +141,28 @@ def _mean(parts: list[Array], d: int) -> Array:
     return functools.reduce(jnp.add, (jnp.sum(part, axis=1, keepdims=True) for part in parts)) / d
 
 
-def _forward(tokens: int, gain_ref, x_ref, *refs):
-    d, at = x_ref.shape[1], pl.ds(0, tokens)
-    xs = _rows(x_ref, at)
+def _summed(x_ref, refs: Sequence[Any], at: Any) -> tuple[list[Array], Array, Any]:
+    """(x + y, written to the last of (y, result, x + y), or x where only the result is given; 1 / rms; the result)."""
+    d, xs = x_ref.shape[1], _rows(x_ref, at)
     if len(refs) == 3:
-        y_ref, h_ref, sum_ref = refs
+        y_ref, result_ref, sum_ref = refs
         sums = [(x + y).astype(x_ref.dtype) for x, y in zip(xs, _rows(y_ref, at), strict=True)]
         for total, (start, size) in zip(sums, powers_of_two(d), strict=True):
             sum_ref[at, pl.ds(start, size)] = total
         xs = [total.astype(jnp.float32) for total in sums]
     else:
-        (h_ref,) = refs
-    over = jax.lax.rsqrt(_mean([x * x for x in xs], d) + EPS)
+        (result_ref,) = refs
+    return xs, jax.lax.rsqrt(_mean([x * x for x in xs], d) + EPS), result_ref
+
+
+def _later(tokens: int, x_ref, *refs):
+    _, over, over_ref = _summed(x_ref, refs, pl.ds(0, tokens))
+    over_ref[...] = over[:, 0]
+
+
+def _forward(tokens: int, gain_ref, x_ref, *refs):
+    d, at = x_ref.shape[1], pl.ds(0, tokens)
+    xs, over, h_ref = _summed(x_ref, refs, at)
     for x, gain, (start, size) in zip(xs, _pieces(gain_ref), powers_of_two(d), strict=True):
         h_ref[at, pl.ds(start, size)] = (x * over * gain).astype(h_ref.dtype)
 
