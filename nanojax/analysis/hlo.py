@@ -10,6 +10,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from nanojax.ops.kernels.work import EVERY
+
 Shape = tuple[str, tuple[int, ...]]
 """(element type, dimensions)."""
 
@@ -40,6 +42,8 @@ OWN_NAMES = ("down_backward",)
 """Their kernels, products of the first operand [M, K] and the second [K, N]."""
 OWN_CHECKS = ("round_again",)
 """Own kernels, of ops/kernels/both_ways.py, that most often read their first two operands and leave the others alone."""
+OWN_LOOKS = ("see",)
+"""Those that read one token of `EVERY`."""
 MATMUL_TARGETS = ("__cublas$", "__onednn$matmul", "__cudnn$blockScaledDot")
 
 
@@ -243,6 +247,8 @@ def _bytes(instruction: _Instruction, within: Computation, inner: Computation) -
     if any(f"/{name}/" in _scope(instruction) for name in OWN_CHECKS):
         return sum(read[:2])
     written = sum(map(size_of, instruction.shapes))
+    if any(f"/{name}/" in _scope(instruction) for name in OWN_LOOKS):
+        return sum(read) // EVERY + written
     scratch = sum(size_of(shape) for shape in instruction.shapes[1:] if shape[0] in ("s8", "u8")) if _target(instruction) else 0
     if instruction.opcode == "dynamic-slice":
         return 2 * written

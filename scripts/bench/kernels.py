@@ -118,22 +118,31 @@ def rounding(way: Callable, work: Any, dtype: Any, *xs: Any) -> Any:
     return way(work, xs, dtype)
 
 
-def rounding_cases(both: Any) -> Iterator[Case]:
-    """To 8 bits, of gates and ups side by side and of what SwiGLU makes of them."""
+def rounding_cases(x: Any, both: Any) -> Iterator[Case]:
+    """To 8 bits, of gates and ups side by side and what SwiGLU makes of them, of a norm, and of gradients of queries, keys and values."""
+    import jax.numpy as jnp
+
     from nanojax.ops.fp8_dot import E4M3, E5M2, SWIGLU, SWIGLU_BACKWARD
     from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
-    from nanojax.ops.kernels.work import GIVEN
+    from nanojax.ops.kernels.turn_back import TURN_BACK
+    from nanojax.ops.kernels.work import GIVEN, NORMED
+    from nanojax.ops.rope import rope_table
 
     half = both[..., : both.shape[-1] // 2]
+    b, t, n, h = x.shape
+    heads = (x, x, x, x, x, jnp.ones(h), jnp.ones(h), *rope_table(jnp.arange(t), h, 1e4))
+    stream = x.reshape(b, t, n * h)
     for name, work, xs, dtype in (
         ("", GIVEN, (both,), E4M3),
         ("", GIVEN, (both,), E5M2),
         (" of swiglu", SWIGLU, (both,), E4M3),
         (" of its gradient", SWIGLU_BACKWARD, (both, half), E5M2),
+        (" of a norm", NORMED, (stream, jnp.ones((b, t)), jnp.ones(n * h)), E4M3),
+        (" of gradients turned back", TURN_BACK, heads, E5M2),
     ):
-        made = half.size if work is SWIGLU else both.size  # numbers, each written twice
+        made = {SWIGLU: half.size, NORMED: x.size, TURN_BACK: 3 * x.size}.get(work, both.size)  # numbers, each written twice
         yield Case(
-            f"both_ways{name} {list(both.shape)} {dtype.__name__}",
+            f"both_ways{name} {list(xs[0].shape)} {dtype.__name__}",
             functools.partial(rounding, both_ways, work, dtype),
             functools.partial(rounding, both_ways_reference, work, dtype),
             xs,
@@ -148,7 +157,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     import jax.numpy as jnp
 
     from nanojax.ops.kernels.cross_entropy import cross_entropy
-    from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_reference
+    from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_later, add_and_norm_reference
     from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
     from nanojax.ops.kernels.swiglu import swiglu, swiglu_reference
     from nanojax.ops.kernels.swiglu_down import serves
@@ -160,6 +169,8 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     x = jax.random.normal(jax.random.key(0), (rows, c.seq_len, c.n_head, c.head_dim), jnp.bfloat16)
     gain, stream = jnp.ones(c.width), jax.random.normal(jax.random.key(1), (rows, c.seq_len, c.width), jnp.bfloat16)
     yield Case(f"norm {list(stream.shape)}", add_and_norm, add_and_norm_reference, (stream, stream, gain), 8 * stream.nbytes)
+    moved = 3 * stream.nbytes  # what it makes beside the sum is small, and its way back is that of the norm above
+    yield Case(f"norm_later {list(stream.shape)}", add_and_norm_later, add_and_norm_reference, (stream, stream, gain), moved, "forward")
     both = jax.random.normal(jax.random.key(4), (rows, c.seq_len, 2 * c.hidden), jnp.bfloat16)
     yield Case(f"swiglu {list(both.shape)}", swiglu, swiglu_reference, (both,), 4 * both.nbytes)
     if jax.devices()[0].compute_capability == "9.0" and serves(rows * c.seq_len, c.width, c.hidden):
@@ -177,7 +188,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
         2 * logits.nbytes,
         passes="in place",
     )
-    yield from rounding_cases(both)
+    yield from rounding_cases(x, both)
     yield Case(
         f"norm_rope {list(x.shape)}",
         lambda x, gain: norm_rope(x, gain, rope),

@@ -50,6 +50,7 @@ GPU = """HloModule jit_step
   %seen = f32[8]{0} constant({...})
   %found = f32[100]{0} constant({...})
   %again = (bf16[32,256]{1,0}, f32[1]{0}) custom-call(%seen, %found, %kept), custom_call_target="__gpu$xla.gpu.triton", output_to_operand_aliasing={{0}: (2, {})}, metadata={op_name="jit(step)/round_again/pallas_call"}
+  %looked = f32[2]{0} custom-call(%kept), custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(step)/jit(_call_seen)/see/pallas_call"}
   %parts = bf16[8,16,32]{2,1,0} constant({...})
   %address_computation = bf16[16,64]{1,0} fusion(%parts, %w), kind=kCustom, calls=%fused_call
   ROOT %out = (s32[], bf16[16,32]{1,0}) tuple(%i, %x)
@@ -77,7 +78,7 @@ ENTRY %main (a: bf16[8,64,32], b: f32[8,64], c: f32[1,64], n: s32[]) -> f32[64,3
 
 def test_operations_of_a_gpu_program_by_hand():
     ops = {op.name: op for op in read_program(GPU)}
-    assert list(ops) == ["mm", "sdpa", "ended", "again", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
+    assert list(ops) == ["mm", "sdpa", "ended", "again", "looked", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
     mm, sdpa, cut = ops["mm"], ops["sdpa"], ops["loop_convert_fusion.1"]
     assert (mm.flops, mm.times, mm.target) == (2 * 16 * 64 * 32, 3, "__cublas$lt$matmul")
     assert mm.bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)  # without its scratch
@@ -86,6 +87,7 @@ def test_operations_of_a_gpu_program_by_hand():
     assert not mm.recomputed
     assert ops["ended"].flops == 2 * 32 * 128 * 32  # not of what is read at its end, were there as many rows as are summed over
     assert ops["again"].bytes == 4 * (8 + 100)  # it looks whether there is anything to do, which is rare
+    assert ops["looked"].bytes == 2 * 32 * 256 // 64 + 4 * 2  # at one token of 64
     wrapping = ops["address_computation"]
     assert (wrapping.wrapped, wrapping.target, wrapping.flops, mm.wrapped) == ("inner", mm.target, mm.flops, "")
     assert cut.bytes == 64 * 32 * (2 + 4) + 4  # the slice, the result, the index
