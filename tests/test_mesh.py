@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from pathlib import Path
 
@@ -34,7 +35,9 @@ from nanojax.mesh import (
 from nanojax.model import GPT, split
 from nanojax.ops.attention import reference_attention
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
-from nanojax.ops.kernels.work import GIVEN
+from nanojax.ops.kernels.turn_back import TURN_BACK
+from nanojax.ops.kernels.work import GIVEN, NORMED
+from nanojax.ops.rope import rope_table
 from nanojax.sizes import resolve
 
 STEPS = 20
@@ -182,6 +185,31 @@ def rounding() -> dict[str, list]:
         by_device = values.reshape(4, 2, 2, 64, 32).swapaxes(1, 2).reshape(-1, 32).T  # rows over data and fsdp, then tokens over context
         off = [int((a.view(np.uint8) != b.view(np.uint8)).sum()) for a, b in ((values, np.asarray(one[0])), (turned, by_device))]
         found[name] = [str(one[2]), str(scale), *off]
+    return found | made_and_rounded(mesh, spread)
+
+
+def made_and_rounded(mesh, spread) -> dict[str, list]:
+    """Of a norm, and of gradients that are turned back by each device's part of the rotation: the scale on one device and on eight, which
+    share of the numbers differs, and by how much the sum over tokens at most, of its size.
+    """
+    jnp, rng = jax.numpy, np.random.default_rng(0)
+    q, k, dq, dk, dv = (jnp.asarray(rng.standard_normal((8, 128, heads, 8)), jnp.bfloat16) for heads in (4, 2, 4, 2, 2))
+    gains = [jnp.asarray(1 + 0.2 * rng.standard_normal(size), jnp.float32) for size in (8, 8, 32)]
+    stream, over = q.reshape(8, 128, 32), jnp.asarray(rng.random((8, 128)), jnp.float32)
+    works = {
+        "norm": (NORMED, (stream, over, gains[2])),
+        "turned back": (TURN_BACK, (q, k, dq, dk, dv, *gains[:2], *rope_table(jnp.arange(128), 8, 1e4))),
+    }
+    found = {}
+    for name, (work, xs) in works.items():
+        one = both_ways_reference(work, xs, jnp.float8_e5m2)
+        on_eight = jax.jit(functools.partial(both_ways, work, dtype=jnp.float8_e5m2, interpret=True, spread=spread))
+        with jax.set_mesh(mesh):
+            eight = on_eight(xs)
+        off = float((np.asarray(one.values).view(np.uint8) != np.asarray(eight.values).view(np.uint8)).mean())
+        sums = [np.asarray(way.sums, np.float64).sum(0) for way in (one, eight) if way.sums is not None]
+        away = [float(np.abs(a - b).max() / np.abs(b).max()) for a, b in itertools.pairwise(sums)]
+        found[name] = [str(one.scale), str(eight.scale), off, *away]
     return found
 
 
@@ -219,6 +247,12 @@ def test_devices_agree_on_a_scale_and_turn_what_they_have(runs):
     assert found["fits"] == [str(4 * 2**-7)] * 2 + [0, 0]  # what is seen first is 1.75 to 3.5 at most
     assert found["does not fit"] == ["4096.0"] * 2 + [0, 0]  # 1e6 / 448 lies between 2048 and 4096
     assert found["is no number"][:2] == ["nan", "nan"]
+    for name, sums in {"norm": 0, "turned back": 1}.items():
+        one, eight, off, *away = found[name]
+        assert one == eight, name
+        assert off < 0.005, name  # where a number lies between two in 8 bits, the last bit of float32 decides
+        assert len(away) == sums
+        assert max(away, default=0) < 0.01, name
 
 
 def test_on_one_device_attention_is_called_as_it_is(mesh):
