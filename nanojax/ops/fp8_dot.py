@@ -91,7 +91,8 @@ def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
     XLA makes one product of 8 bits of this, scales included, which are powers of two so that nothing is rounded where it does not.
     Behind a barrier: it would give values that are narrowed and widened back as they were, and scales a kernel that does that to them.
     """
-    (x, x_scale), (y, y_scale) = jax.lax.optimization_barrier((a, b))
+    # One for each: what waits for the other cannot be gathered meanwhile.
+    (x, x_scale), (y, y_scale) = map(jax.lax.optimization_barrier, (a, b))
     return jnp.einsum(
         subscripts, x.astype(dtype) * x_scale.astype(dtype), y.astype(dtype) * y_scale.astype(dtype), preferred_element_type=dtype
     )
