@@ -85,17 +85,18 @@ def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
-def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike) -> Array:
+def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike, precision: jax.lax.Precision | None = None) -> Array:
     """An einsum of two in 8 bits, in `dtype`.
 
+    Without HIGHEST, Hopper's tensor cores add up with 14 bits below the largest term or sum so far, and cut off the rest (DeepSeek-AI
+    2024, arXiv:2412.19437, section 3.5.2).
     XLA makes one product of 8 bits of this, scales included, which are powers of two so that nothing is rounded where it does not.
     Behind a barrier: it would give values that are narrowed and widened back as they were, and scales a kernel that does that to them.
     """
     # One for each: what waits for the other cannot be gathered meanwhile.
     (x, x_scale), (y, y_scale) = map(jax.lax.optimization_barrier, (a, b))
-    return jnp.einsum(
-        subscripts, x.astype(dtype) * x_scale.astype(dtype), y.astype(dtype) * y_scale.astype(dtype), preferred_element_type=dtype
-    )
+    wide = x.astype(dtype) * x_scale.astype(dtype), y.astype(dtype) * y_scale.astype(dtype)
+    return jnp.einsum(subscripts, *wide, preferred_element_type=dtype, precision=precision)
 
 
 def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], ready: Matrices | None, rounded: Round, work: Work = GIVEN):
@@ -163,8 +164,10 @@ def fp8_head(rounded: Round, of_logits: Callable | None = None) -> Head:
     def back(x: Scaled, prepared: tuple[Scaled, Scaled], d_BTV: Array | Made) -> tuple[Array, Array]:
         work, xs = d_BTV if isinstance(d_BTV, tuple) else (GIVEN, (d_BTV,))
         d = rounded(work, xs, E5M2)
-        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], xs[0].dtype)
-        return dx_BTD, product("DN,VN->DV", x, Scaled(d.turned, d.scale), jnp.float32)
+        # A target's -1 is beside a vocabulary of small probabilities, whose sum weighs as much and would be cut off.
+        precise = jax.lax.Precision.HIGHEST
+        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], xs[0].dtype, precise)
+        return dx_BTD, product("DN,VN->DV", x, Scaled(d.turned, d.scale), jnp.float32, precise)
 
     return Head(prepare, multiply, back, of_logits)
 

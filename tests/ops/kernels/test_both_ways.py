@@ -13,7 +13,7 @@ from nanojax.ops.fp8_dot import SWIGLU, SWIGLU_BACKWARD
 from nanojax.ops.kernels import both_ways as both_ways_module
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.swiglu import swiglu_reference
-from nanojax.ops.kernels.work import GIVEN
+from nanojax.ops.kernels.work import GIVEN, NORMED
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 
@@ -141,3 +141,30 @@ def test_the_compiled_swiglu_is_rounded_alike_on_a_gpu(shape):
         assert got[2] == want[2]
         for a, b in zip(got[:2], want[:2], strict=True):
             assert (np.asarray(a).view(np.uint8) != np.asarray(b).view(np.uint8)).mean() < 2e-3
+
+
+def normed_inputs(shape):
+    rng = np.random.default_rng(0)
+    draws = (rng.standard_normal(shape), 0.5 + rng.random(shape[:-1]), 1 + 0.2 * rng.standard_normal(shape[-1]))
+    return tuple(jnp.asarray(x, dtype) for x, dtype in zip(draws, (jnp.bfloat16, jnp.float32, jnp.float32), strict=True))
+
+
+def check_norm(shape, kernel) -> None:
+    """Against the norm in float64, rounded to bf16 and then to 8 bits."""
+    x, over, gain = normed_inputs(shape)
+    exact = np.asarray(x, np.float64) * np.asarray(over, np.float64)[..., None] * np.asarray(gain, np.float64)
+    got, want = kernel(NORMED, (x, over, gain), E4M3), both_ways_reference(GIVEN, (jnp.asarray(exact, jnp.bfloat16),), E4M3)
+    assert got.scale == want.scale
+    for a, b in ((got.values, want.values), (got.turned, want.turned)):
+        assert (np.asarray(a).view(np.uint8) != np.asarray(b).view(np.uint8)).mean() < 2e-3  # a last bit of float32 decides
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 192), (3, 2, 40), (1, 1, 7)])
+def test_a_norm_is_rounded_as_if_it_had_been_written(shape):
+    check_norm(shape, INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(2, 2048, 1280), (2, 77, 88)])
+def test_the_compiled_norm_is_rounded_alike_on_a_gpu(shape):
+    check_norm(shape, compiled())
