@@ -31,7 +31,6 @@ Round = Callable[[Work, tuple[Array, ...], DTypeLike], Rounded]
 """(work, tensors [B, T, _], type) -> what work makes of them, rounded."""
 SWIGLU, SWIGLU_BACKWARD = Each(silu_times, (2,), warps=8), Each(silu_times_backward, (2, 1), 2, warps=8)
 
-
 Ready = tuple["Matrices | None", "Matrices | None"]
 """Of gates and ups side by side, and of the last matrix."""
 
@@ -85,6 +84,12 @@ def to_fp8(x: Array, dtype: DTypeLike) -> Scaled:
     return Scaled(narrowed(x, scale, dtype), scale)
 
 
+def to_fp8_both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, rounded: Round) -> tuple[Scaled, Scaled, Array | None]:
+    """(what work makes, in 8 bits; the same turned; its sums): operands are read along what is summed over, which differs by direction."""
+    x = rounded(work, xs, dtype)
+    return Scaled(x.values, x.scale), Scaled(x.turned, x.scale), x.sums
+
+
 def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike, precision: jax.lax.Precision | None = None) -> Array:
     """An einsum of two in 8 bits, in `dtype`.
 
@@ -101,16 +106,15 @@ def product(subscripts: str, a: Scaled, b: Scaled, dtype: DTypeLike, precision: 
 
 def forward(xs: tuple[Array, ...], ws: tuple[Array, ...], ready: Matrices | None, rounded: Round, work: Work = GIVEN):
     """x @ w for each matrix, all with one scale, or of those that are ready; x is what work makes of xs."""
-    x, w, dtype = rounded(work, xs, E4M3), Matrices.of(ws) if ready is None else ready, xs[0].dtype
-    ys = tuple(product("BTI,OI->BTO", Scaled(x.values, x.scale), Scaled(part, w.scale), dtype) for part in w.turned)
-    return ys, (Scaled(x.turned, x.scale), Scaled(w.values, w.scale))
+    (x, turned, _), w = to_fp8_both_ways(work, xs, E4M3, rounded), Matrices.of(ws) if ready is None else ready
+    ys = tuple(product("BTI,OI->BTO", x, Scaled(part, w.scale), xs[0].dtype) for part in w.turned)
+    return ys, (turned, Scaled(w.values, w.scale))
 
 
 def backward(kept: tuple[Scaled, Scaled], dys: tuple[Array, ...], rounded: Round, work: Work = GIVEN) -> tuple[Array, Array, Array | None]:
     """The gradients of x and of the matrices side by side, and the work's sums; dy [B, T, Y] is what work makes of dys."""
-    (x, w), dtype, dy = kept, dys[0].dtype, rounded(work, dys, E5M2)
-    dx_BTI = product("BTY,IY->BTI", Scaled(dy.values, dy.scale), w, dtype)
-    return dx_BTI, product("IN,YN->IY", x, Scaled(dy.turned, dy.scale), dtype), dy.sums
+    (x, w), dtype, (dy, turned, sums) = kept, dys[0].dtype, to_fp8_both_ways(work, dys, E5M2, rounded)
+    return product("BTY,IY->BTI", dy, w, dtype), product("IN,YN->IY", x, turned, dtype), sums
 
 
 def of_norm(x_BTI: Array | Normed, ws: tuple[Array, ...], ready: Matrices | None, rounded: Round):
@@ -154,20 +158,19 @@ def fp8_head(rounded: Round, of_logits: Callable | None = None) -> Head:
     """
 
     def prepare(w_DV: Array) -> tuple[Scaled, Scaled]:
-        w = rounded(GIVEN, (w_DV[None],), E4M3)
-        return Scaled(w.values[0], w.scale), Scaled(w.turned, w.scale)
+        w, turned, _ = to_fp8_both_ways(GIVEN, (w_DV[None],), E4M3, rounded)
+        return Scaled(w.values[0], w.scale), turned
 
     def multiply(x_BTD: Array, prepared: tuple[Scaled, Scaled]) -> tuple[Array, Scaled]:
-        x = rounded(GIVEN, (x_BTD,), E4M3)
-        return product("BTD,VD->BTV", Scaled(x.values, x.scale), prepared[1], x_BTD.dtype), Scaled(x.turned, x.scale)
+        x, turned, _ = to_fp8_both_ways(GIVEN, (x_BTD,), E4M3, rounded)
+        return product("BTD,VD->BTV", x, prepared[1], x_BTD.dtype), turned
 
     def back(x: Scaled, prepared: tuple[Scaled, Scaled], d_BTV: Array | Made) -> tuple[Array, Array]:
         work, xs = d_BTV if isinstance(d_BTV, tuple) else (GIVEN, (d_BTV,))
-        d = rounded(work, xs, E5M2)
+        d, turned, _ = to_fp8_both_ways(work, xs, E5M2, rounded)
         # A target's -1 is beside a vocabulary of small probabilities, whose sum weighs as much and would be cut off.
         precise = jax.lax.Precision.HIGHEST
-        dx_BTD = product("BTV,DV->BTD", Scaled(d.values, d.scale), prepared[0], xs[0].dtype, precise)
-        return dx_BTD, product("DN,VN->DV", x, Scaled(d.turned, d.scale), jnp.float32, precise)
+        return product("BTV,DV->BTD", d, prepared[0], xs[0].dtype, precise), product("DN,VN->DV", x, turned, jnp.float32, precise)
 
     return Head(prepare, multiply, back, of_logits)
 

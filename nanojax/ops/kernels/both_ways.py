@@ -92,7 +92,8 @@ def both_ways(work: Work, xs: tuple[Array, ...], dtype: DTypeLike, *, interpret:
     """What `work` makes of xs, [B, T, _] unless it says otherwise, over a scale and rounded.
 
     The scale is a power of two: the smallest that lets all into the type or, where that is larger, `ROOM` times the smallest for every
-    `EVERY`th token of a row, or of the part of it that a device has; NaN where anything is not finite, and then the numbers mean nothing.
+    `EVERY`th token of a row, or of the part of it that a device has, or for the work's bound where it has one; NaN where anything is not
+    finite, and then the numbers mean nothing.
     Tokens that lie on several devices follow one another by device.
     """
     turned, sums = (None, *PARTS), [PARTS] * len(work.sums(xs))
