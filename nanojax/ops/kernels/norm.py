@@ -84,6 +84,7 @@ def _add_and_norm_later_backward(
 add_and_norm_later.defvjp(_add_and_norm_later_forward, _add_and_norm_later_backward)
 
 
+@functools.partial(jax.jit, static_argnums=(0,))
 def _call_later(interpret: bool, *xs: Array) -> tuple[Array, ...]:
     """1 / rms of each token, then the sum of two."""
     shape, d = xs[0].shape, xs[0].shape[-1]
@@ -103,6 +104,7 @@ def _call_later(interpret: bool, *xs: Array) -> tuple[Array, ...]:
     return over.reshape(shape[:-1]), *(y.reshape(shape) for y in made)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _call(kernel: Any, interpret: bool, gain_D: Array, *xs: Array) -> tuple[Array, ...]:
     """Run a kernel over blocks of tokens. It makes an array like x, then the sum of two, or backward a part of the gain's gradient."""
     shape, d = xs[0].shape, xs[0].shape[-1]

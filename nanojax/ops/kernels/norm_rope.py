@@ -34,7 +34,7 @@ def norm_rope(x_BTNH: Float[Array, "B T N H"], gain_H: Float[Array, " H"], rope:
 
     The gradient of the gain is summed in float32; the table gets none.
     """
-    return _call(_forward, x_BTNH, gain_H, rope, (), interpret)[0]
+    return _call(_Job(_forward, interpret), x_BTNH, gain_H, rope, (), None)[0]
 
 
 def _norm_rope_forward(x_BTNH: Array, gain_H: Array, rope: Rope, interpret: bool):
@@ -43,7 +43,7 @@ def _norm_rope_forward(x_BTNH: Array, gain_H: Array, rope: Rope, interpret: bool
 
 def _norm_rope_backward(interpret: bool, kept: tuple[Array, Array, Rope], dy_BTNH: Array):
     x_BTNH, gain_H, rope = kept
-    dx_BTNH, dgain_PH = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), interpret)
+    dx_BTNH, dgain_PH = _call(_Job(_backward, interpret), x_BTNH, gain_H, rope, (dy_BTNH,), None)
     return dx_BTNH, jnp.sum(dgain_PH, axis=0).astype(gain_H.dtype), jax.tree.map(jnp.zeros_like, rope)
 
 
@@ -62,13 +62,21 @@ class Place(NamedTuple):
 
 def backward_into(x_BTNH: Array, gain_H: Array, rope: Rope, dy_BTNH: Array, place: Place, interpret: bool) -> tuple[Array, Array]:
     """The backward pass alone: (gradient of x in its place [tokens, heads * H], parts [P, H] of the gradient of the gain)."""
-    made = _call(_backward, x_BTNH, gain_H, rope, (dy_BTNH,), interpret, place)
+    made = _call(_Job(_backward, interpret, (place.first, place.heads)), x_BTNH, gain_H, rope, (dy_BTNH,), place.into)
     return made[0], made[1]
 
 
-def _call(
-    kernel: Any, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], interpret: bool, place: Place | None = None
-) -> list[Array]:
+class _Job(NamedTuple):
+    """What a kernel is compiled for."""
+
+    kernel: Any
+    interpret: bool
+    place: tuple[int, int] | None = None
+    """The first head, and all, of an array that the result is part of."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _call(job: _Job, x_BTNH: Array, gain_H: Array, rope: Rope, more: tuple[Array, ...], into: Array | None) -> list[Array]:
     """Run a kernel over blocks of tokens and heads. It makes an array like x, and the backward one also a part of the gain's gradient."""
     b, t, n, h = x_BTNH.shape
     tokens = min(TOKENS, t & -t)  # blocks are powers of two, and none reaches into the next row
@@ -76,24 +84,24 @@ def _call(
     flat = [x.reshape(b * t, n * h) for x in (x_BTNH, *more)]
     own = pl.BlockSpec((tokens, h), lambda i, head: (i, head))
     table = pl.BlockSpec((tokens, h), lambda i, head: (i % (t // tokens), 0))
-    first, heads, into = place or Place(0, n, None)
+    first, heads = job.place or (0, n)
     written = pl.BlockSpec((tokens, h), lambda i, head: (i, first + head))
     inputs = [flat[0], gain_H.astype(jnp.float32), *rope, *flat[1:]] + ([] if into is None else [into])
     results = [(jax.ShapeDtypeStruct((b * t, heads * h), x_BTNH.dtype), written)]
     if more:
         results.append((jax.ShapeDtypeStruct((blocks, n, h), jnp.float32), pl.BlockSpec((None, None, h), lambda i, head: (i, head, 0))))
     made = pl.pallas_call(
-        functools.partial(kernel, h // 2),
+        functools.partial(job.kernel, h // 2),
         out_shape=[shape for shape, _ in results],
         grid=(blocks, n),
         in_specs=[own, pl.BlockSpec((h,), lambda i, head: (0,)), table, table, *([own] * len(more))] + ([] if into is None else [written]),
         input_output_aliases={} if into is None else {len(inputs) - 1: 0},
         out_specs=[spec for _, spec in results],
         compiler_params=triton.CompilerParams(num_warps=WARPS, num_stages=1),
-        name=f"norm_rope{kernel.__name__}",
-        interpret=interpret,
+        name=f"norm_rope{job.kernel.__name__}",
+        interpret=job.interpret,
     )(*inputs)
-    return [made[0] if place else made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
+    return [made[0] if job.place else made[0].reshape(x_BTNH.shape), *(part.reshape(-1, h) for part in made[1:])]
 
 
 def _halves(ref, half: int) -> list[Array]:

@@ -42,6 +42,7 @@ def _swiglu_backward(interpret: bool, both_BTF: Array, dh_BTF: Array):
 swiglu.defvjp(_swiglu_forward, _swiglu_backward)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _call(kernel: Any, arrays: tuple[Array, ...], made: int, interpret: bool) -> Array:
     """Run a kernel over blocks of tokens and columns. What it makes has `made` columns."""
     shape, f = arrays[0].shape, arrays[0].shape[-1] // 2
