@@ -252,7 +252,7 @@ class TrainConfig:
     fp4_head: bool = False
     """Round the output head to 4 bits too."""
     fp8_head: bool = False
-    """Multiply by the output head in 8 bits too."""
+    """Multiply by the output head in 8 bits too: faster, and what it costs in loss is not settled (README)."""
     fp4_skip_first: int = 0
     """First blocks that a 4-bit precision leaves as they are."""
     fp4_skip_last: int | None = None
