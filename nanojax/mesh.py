@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from nanojax.checks import MESH_AXES, nearest_divisor, nearest_multiple
 from nanojax.config import Config
 from nanojax.errors import UserError
+from nanojax.narrow import FP8_MULTIPLE
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.attention_context import over_context
 
@@ -70,6 +71,11 @@ def check_divisible(config: Config, mesh: Mesh) -> None:
         raise UserError(
             f"seq_len={model.seq_len} must be a multiple of loss_blocks={blocks} times the mesh axis context={context}; "
             f"try --seq-len {nearest_multiple(model.seq_len, blocks * context)}"
+        )
+    if config.train.fp8_head and model.seq_len % (blocks * context * FP8_MULTIPLE):
+        raise UserError(
+            f"seq_len={model.seq_len} must be a multiple of {FP8_MULTIPLE} times loss_blocks={blocks} times the mesh axis "
+            f"context={context} for a head in fp8; try --seq-len {nearest_multiple(model.seq_len, FP8_MULTIPLE * blocks * context)}"
         )
     if (heads := model.n_head // tensor) % context:
         raise UserError(

@@ -19,7 +19,7 @@ from nanojax.mesh import parts, place
 from nanojax.ops.attention import AttentionFn
 from nanojax.ops.dot import dot as plain_dot
 from nanojax.ops.elementwise import PLAIN, Elementwise, project
-from nanojax.ops.norm import Normed, rms_norm, written
+from nanojax.ops.norm import Normed, rms_norm
 from nanojax.ops.rope import rope_table, rotate
 from nanojax.vocabulary import look_up
 
@@ -115,8 +115,8 @@ class ReLU2(nnx.Module):
         self.up = Linear((c.width, c.hidden), ("embed", "ffn"), dot=dot, name="up", key=k_up)
         self.down = Linear((c.hidden, c.width), ("ffn", "embed"), dot=dot, name="down", key=k_down, init=zeros)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"] | Normed) -> Float[Array, "B T D"]:
-        return self.down(jnp.square(jax.nn.relu(self.up(written(x_BTD)))))
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return self.down(jnp.square(jax.nn.relu(self.up(x_BTD))))
 
 
 class Block(nnx.Module):
@@ -132,14 +132,16 @@ class Block(nnx.Module):
         self.attention = Attention(c, dot=dot, key=k_attention, elementwise=elementwise)
         self.norm_2 = RMSNorm(c.width, learnable=c.norm == "learnable")
         self.ffn = {"swiglu": SwiGLU, "relu2": ReLU2}[c.ffn](c, dot=dot, key=k_ffn, elementwise=elementwise)
-        self.add_and_read = elementwise.add_and_read
+        # Only what is multiplied as one can make its norm itself: what is written for several is written at once.
+        read, written = elementwise.add_and_read, elementwise.add_and_norm
+        self.before_attention, self.before_ffn = read if c.qk_norm else written, read if c.ffn == "swiglu" else written
 
     def __call__(self, x_BTD: Array, y_BTD: Array | None, rope, attend: Attend) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         with jax.named_scope("attention"):
-            x_BTD, h_BTD = self.add_and_read(x_BTD, y_BTD, self.norm_1.weight)
+            x_BTD, h_BTD = self.before_attention(x_BTD, y_BTD, self.norm_1.weight)
             y_BTD = self.attention(h_BTD, rope, attend)
         with jax.named_scope("ffn"):
-            x_BTD, h_BTD = self.add_and_read(x_BTD, y_BTD, self.norm_2.weight)
+            x_BTD, h_BTD = self.before_ffn(x_BTD, y_BTD, self.norm_2.weight)
             return x_BTD, self.ffn(h_BTD)
 
 

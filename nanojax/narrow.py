@@ -75,9 +75,3 @@ def check_fp8(model: Any, c: Any) -> None:
     ):
         if size % FP8_MULTIPLE:
             raise UserError(f"{what}={size} must be a multiple of {FP8_MULTIPLE} in fp8; the nearest is {remedy}")
-    if c.fp8_head and model.vocab_size % FP8_MULTIPLE:
-        raise UserError(f"vocab_size={model.vocab_size} must be a multiple of {FP8_MULTIPLE} for a head in fp8; write --no-fp8-head")
-    if c.fp8_head and model.seq_len % (c.loss_blocks * FP8_MULTIPLE):
-        blocks = math.gcd(c.loss_blocks, model.seq_len // FP8_MULTIPLE)
-        given = f"seq_len={model.seq_len} over loss_blocks={c.loss_blocks}"
-        raise UserError(f"{given} must be a multiple of {FP8_MULTIPLE} for a head in fp8; try --loss-blocks {blocks}")

@@ -1,4 +1,4 @@
-"""What the products read: the master weights, cast, rounded to bf16 or quantised to 4 bits, once a step."""
+"""What the products read: the master weights, cast, rounded to bf16 or 8 bits or quantised to 4, once a step."""
 
 from __future__ import annotations
 

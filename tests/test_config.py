@@ -35,10 +35,6 @@ def four_bit(precision: str, int4_group: int = 128, fp4_recipe: str = "weights",
     )
 
 
-def fp8_head(model: ModelConfig, **train) -> Config:
-    return Config(model=model, train=TrainConfig(precision="fp8", fp8_head=True, **train))
-
-
 @pytest.mark.parametrize("config", [Config(), CHANGED, resolve(CHANGED, 1000)], ids=["default", "changed", "resolved"])
 def test_a_config_survives_json(config):
     back = Config.from_dict(json.loads(json.dumps(config.to_dict())))
@@ -188,14 +184,6 @@ def test_the_nanochat_block_takes_changes():
             "d_ffn=1000 must be a multiple of 16 in fp8; the nearest is --d-ffn 992",
         ),
         (lambda: TrainConfig(fp8_head=True), "fp8_head=True needs precision=fp8, given auto; add --precision fp8, or write --no-fp8-head"),
-        (
-            lambda: fp8_head(ModelConfig(vocab_size=50257)),
-            "vocab_size=50257 must be a multiple of 16 for a head in fp8; write --no-fp8-head",
-        ),
-        (
-            lambda: fp8_head(ModelConfig(seq_len=96), loss_blocks=8),
-            "seq_len=96 over loss_blocks=8 must be a multiple of 16 for a head in fp8; try --loss-blocks 2",
-        ),
         (lambda: Config(train=TrainConfig(loss_blocks=7)), "seq_len=2048 must be a multiple of loss_blocks=7; try --loss-blocks 8"),
     ],
 )

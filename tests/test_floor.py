@@ -28,12 +28,14 @@ CONFIG = resolve(
 )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_the_products_of_a_microbatch_are_those_of_its_step(precision):
+@pytest.mark.parametrize(("precision", "eight_bits"), [("bf16", 0), ("fp8", 14), ("fp8 and the head", 17)])
+def test_the_products_of_a_microbatch_are_those_of_its_step(precision, eight_bits):
     """Six operations for each weight of a product and token: Kaplan et al. 2020, arXiv:2001.08361, section 2.1."""
-    site = dataclasses.replace(choose_site(CONFIG, jax.devices()[:1]), precision=precision)
+    site = dataclasses.replace(choose_site(CONFIG, jax.devices()[:1]), precision=precision.split()[0])
+    train = dict(precision=site.precision, fp8_head=precision != site.precision)
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **train))
     operations, eight = 0, 0
-    for call, times in floor.product_calls(CONFIG, site):
+    for call, times in floor.product_calls(config, site):
         x, w, _ = call.args
         y = call()
         assert y.dtype == jnp.bfloat16
@@ -43,7 +45,7 @@ def test_the_products_of_a_microbatch_are_those_of_its_step(precision):
     c, d = CONFIG.model, CONFIG.model.width
     weights = c.depth * (2 * d * d + 2 * d * 32 + 3 * d * 96) + d * 256
     assert operations == 6 * weights * site.rows * c.seq_len
-    assert eight == (14 if precision == "fp8" else 0)  # six forward, four twice back
+    assert eight == eight_bits  # of blocks six forward, four twice back
 
 
 def test_what_is_called_is_spread_over_a_microbatch():

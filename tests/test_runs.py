@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 
@@ -11,10 +12,11 @@ import pytest
 from training import presets, start, straight  # noqa: F401  # fixtures
 
 from nanojax.checkpoint import Checkpoints
+from nanojax.config import TrainConfig
 from nanojax.errors import Interrupted, UserError
 from nanojax.evals.command import main as eval_main
 from nanojax.program import make_program
-from nanojax.runs import RunFolder
+from nanojax.runs import PRECISION, RunFolder
 from nanojax.sizes import resolve
 from nanojax.train import read_command
 
@@ -91,6 +93,11 @@ def test_a_complete_run_has_no_step_left_for_another_precision(start, straight):
 
 def fail():
     raise RuntimeError("killed")
+
+
+def test_what_is_allowed_with_the_precision_is_all_that_says_how_to_round():
+    names = (field.name for field in dataclasses.fields(TrainConfig))
+    assert {f"train.{name}" for name in names if re.match("precision|int4_|fp[48]_", name)} == PRECISION
 
 
 def test_allowing_the_precision_allows_nothing_else(presets, start, quantised):

@@ -152,7 +152,7 @@ feed_forward.defvjp(_feed_forward, _feed_forward_backward)
 
 @functools.cache
 def fp8_head(rounded: Round, of_logits: Callable | None = None) -> Head:
-    """The head in 8 bits: states and matrix in E4M3, the gradients of logits in E5M2, each block of tokens with scales of its own.
+    """The head in 8 bits: states and matrix in E4M3, the gradients of logits in E5M2, each block of a device's tokens with its own scales.
 
     `of_logits` is loss_gradient.nats_and_gradient where a kernel makes that gradient as it rounds.
     """

@@ -50,7 +50,7 @@ class Head(NamedTuple):
     """The products of a block of tokens with the head."""
 
     prepare: Callable[[Array], Any]
-    """Matrix [D, V] -> what the next two are given, once for all blocks."""
+    """Matrix [D, V] -> what the next two are given, once for all blocks of a microbatch."""
     forward: Callable[[Array, Any], tuple[Array, Any]]
     """(x [B, T, D], what was prepared) -> (logits [B, T, V], what is kept)."""
     backward: Callable[[Any, Any, Any], tuple[Array, Array]]

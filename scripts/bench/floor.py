@@ -108,7 +108,8 @@ def product_calls(config: Config, site: Any) -> Calls:
     kinds = (E4M3, E5M2) if site.precision == "fp8" else plain
     made = [(call, c.depth) for i, o in forward for call in calls(tokens, i, o, [0], kinds)]
     made += [(call, c.depth) for i, o in backward for call in calls(tokens, i, o, [1, 2], kinds)]
-    return made + [(call, blocks) for call in calls(tokens // blocks, c.width, c.vocab_size, [0, 1, 2], plain)]
+    kinds = kinds if config.train.fp8_head else plain
+    return made + [(call, blocks) for call in calls(tokens // blocks, c.width, c.vocab_size, [0, 1, 2], kinds)]
 
 
 def multiplied(subscripts: str, a: Any, b: Any, scale: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from exporting import STEP, altered, runs  # noqa: F401  # fixture
 
-from nanojax.config import DataConfig
+from nanojax.config import DataConfig, TrainConfig
 from nanojax.errors import UserError
 from nanojax.export.folder import LONGEST_ROW, is_export, open_export, require_new
 from nanojax.tokenizer import Tokenizer
@@ -48,6 +49,9 @@ def test_the_folder_does_not_say_where_compiled_programs_are_run_from_nor_how_it
     assert plain.data.cache == DataConfig().cache
     assert plain.data.tokenizer == str(tmp_path / "export/nanojax_tokenizer.json")
     assert plain.train.four_bit is None
+    head = dataclasses.replace(config, train=TrainConfig(precision="fp8", fp8_head=True))
+    export = dataclasses.replace(open_export(tmp_path / "export"), config=head)
+    assert (export.plain_config.train.precision, export.plain_config.train.fp8_head) == ("auto", False)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "nanojax_tokenizer.json"])

@@ -86,6 +86,8 @@ class Batch(NamedTuple):
         dict(depth=1),
         pytest.param(dict(depth=1, norm="fixed", ffn="relu2"), marks=pytest.mark.slow),
         pytest.param(dict(depth=2, qk_norm=False, n_kv_head=1), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, qk_norm=False, remat=True), marks=pytest.mark.slow),
+        pytest.param(dict(depth=2, n_kv_head=1, remat=True), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -1,7 +1,7 @@
 """What is rounded to 8 bits, and of what it is made on the way (both_ways.py).
 
-B batch, T tokens, N of both, P parts of the columns, C columns of a part, L tokens of which an instance turns as many at once as there
-are bytes in a word.
+B batch, T tokens, N of both, P parts of the columns, C columns of a part. An instance takes a square of tokens and columns in L lanes, each
+of every L-th token: as many lanes as a word has bytes, which are turned as one, or, to see a few tokens, one lane of many.
 """
 
 from __future__ import annotations
