@@ -26,7 +26,7 @@ from nanojax.narrow import check_blocks, check_four_bit, check_fp8
 
 Attention = Literal["auto", "te", "cudnn", "xla", "reference"]
 ComputeDtype = Literal["auto", "fp32", "bf16"]
-Precision = Literal["auto", "fp32", "bf16", "fp8", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
+Precision = Literal["auto", "fp32", "bf16", "fp8", "fp8_head", "int4", "nvfp4", "nvfp4_2d", "mxfp4"]
 Kernels = Literal["auto", "plain"]
 Recipe = Literal["weights", "full"]
 Packing = Literal["best_fit", "concat"]
@@ -246,13 +246,12 @@ class TrainConfig:
     precision: Precision = "auto"
     """Format that the matrices of the blocks are rounded to once a step; their gradients pass straight through. auto: that of
     compute_dtype. int4, nvfp4 (blocks of 16), nvfp4_2d (of 16 x 16) and mxfp4 are 4-bit. fp8: activations and gradients as well, in real
-    8-bit products, on GPUs of compute capability 9.0 or later; evaluated in bf16."""
+    8-bit products, on GPUs of compute capability 9.0 or later; evaluated in bf16. fp8_head: those of the output head too, which is faster,
+    and what it costs in loss is not settled (README)."""
     int4_group: Literal[64, 128, 256] = 128
     """Weights that share a scale in int4."""
     fp4_head: bool = False
     """Round the output head to 4 bits too."""
-    fp8_head: bool = False
-    """Multiply by the output head in 8 bits too: faster, and what it costs in loss is not settled (README)."""
     fp4_skip_first: int = 0
     """First blocks that a 4-bit precision leaves as they are."""
     fp4_skip_last: int | None = None
@@ -306,6 +305,16 @@ class TrainConfig:
         return self.precision if self.precision in FORMATS else None
 
     @property
+    def fp8(self) -> bool:
+        """Whether the block matrices are multiplied in 8 bits."""
+        return self.precision in ("fp8", "fp8_head")
+
+    @property
+    def fp8_head(self) -> bool:
+        """Whether the output head is too."""
+        return self.precision == "fp8_head"
+
+    @property
     def fp4_block(self) -> int:
         """Weights along the contraction axis that share a scale in that format."""
         assert self.four_bit is not None, "not a 4-bit run"
@@ -335,7 +344,7 @@ class Config:
             )
         if self.train.four_bit:
             check_blocks(self.model, self.train)
-        if self.train.precision == "fp8":
+        if self.train.fp8:
             check_fp8(self.model, self.train)
 
     @property

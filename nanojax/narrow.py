@@ -24,7 +24,6 @@ def check_four_bit(c: Any) -> None:
     for name, off, needed, have in (
         ("int4_group", FORMATS["int4"].block, f"precision=int4, given {c.precision}, whose blocks are fixed", c.precision == "int4"),
         ("fp4_head", False, four, c.four_bit),
-        ("fp8_head", False, f"precision=fp8, given {c.precision}; add --precision fp8", c.precision == "fp8"),
         ("fp4_skip_first", 0, four, c.four_bit),
         ("fp4_skip_last", 0, four, c.four_bit),
         ("fp4_until", 1.0, four, c.four_bit),
@@ -56,9 +55,9 @@ def check_blocks(model: Any, c: Any) -> None:
 
 def require_precision(precision: str, request: Any, device: str) -> None:
     """Raise UserError where devices, as an attention's request tells of them, cannot train in this precision."""
-    if precision == "fp8" and (request.platform != "gpu" or float(request.capability or 9) < 9):
+    if precision.startswith("fp8") and (request.platform != "gpu" or float(request.capability or 9) < 9):
         raise UserError(
-            f"precision=fp8 is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
+            f"precision={precision} is trained on NVIDIA GPUs of compute capability 9.0 or later, and the device is a {device}; "
             "choose --precision bf16"
         )
 
@@ -66,7 +65,7 @@ def require_precision(precision: str, request: Any, device: str) -> None:
 def check_fp8(model: Any, c: Any) -> None:
     """Of a ModelConfig and a TrainConfig in fp8: raise UserError on activations in fp32, and on sizes that 8-bit products lack."""
     if c.compute_dtype == "fp32":
-        raise UserError("precision=fp8 needs bf16 activations, given compute_dtype=fp32; drop one of the two")
+        raise UserError(f"precision={c.precision} needs bf16 activations, given compute_dtype=fp32; drop one of the two")
     for what, size, remedy in (
         ("d_model", model.width, f"--d-model {nearest_multiple(model.width, math.lcm(FP8_MULTIPLE, model.head_dim))}"),
         ("d_ffn", model.hidden, f"--d-ffn {nearest_multiple(model.hidden, FP8_MULTIPLE)}"),

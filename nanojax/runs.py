@@ -31,8 +31,7 @@ FREE_ON_RESUME = frozenset(
 )  # fmt: skip
 
 PRECISION = frozenset(
-    f"train.{name}"
-    for name in ("precision", "int4_group", "fp4_head", "fp8_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
+    f"train.{name}" for name in ("precision", "int4_group", "fp4_head", "fp4_skip_first", "fp4_skip_last", "fp4_until", "fp4_recipe")
 )
 FOLDERS = ("checkpoints", "logs", "progress", "tensorboard", "profile")
 FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "loss.png")

@@ -224,7 +224,7 @@ def formats(config: Config, platform: str) -> tuple[str, str]:
     """(format of activations, format that block matrices are rounded to), as configured or by the device."""
     train = config.train
     compute = ("bf16" if platform == "gpu" else "fp32") if train.compute_dtype == "auto" else train.compute_dtype
-    precision = train.four_bit or (compute if train.precision == "auto" else train.precision)
+    precision = train.four_bit or ("fp8" if train.fp8 else compute if train.precision == "auto" else train.precision)
     if (compute, precision) == ("bf16", "fp32"):
         raise UserError(f"precision=fp32 needs fp32 activations, and on a {platform} they are bf16; add --compute-dtype fp32")
     return compute, precision

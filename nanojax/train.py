@@ -104,7 +104,7 @@ def prepare_and_train(command: TrainCommand, folder: RunFolder, interrupts: Inte
     with folder.open_for_training(command.resume) if peers.first else contextlib.nullcontext():
         # What devices may lack is said before minutes of tokenising, not after.
         asked = command.config.train
-        if asked.attn_impl != "auto" or asked.mesh or (asked.precision == "fp8" and not command.resume):  # a run may be complete
+        if asked.attn_impl != "auto" or asked.mesh or (asked.fp8 and not command.resume):  # a run may be complete
             from nanojax.site import require_devices
 
             require_devices(command.config)

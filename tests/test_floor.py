@@ -28,12 +28,11 @@ CONFIG = resolve(
 )
 
 
-@pytest.mark.parametrize(("precision", "eight_bits"), [("bf16", 0), ("fp8", 14), ("fp8 and the head", 17)])
+@pytest.mark.parametrize(("precision", "eight_bits"), [("bf16", 0), ("fp8", 14), ("fp8_head", 17)])
 def test_the_products_of_a_microbatch_are_those_of_its_step(precision, eight_bits):
     """Six operations for each weight of a product and token: Kaplan et al. 2020, arXiv:2001.08361, section 2.1."""
-    site = dataclasses.replace(choose_site(CONFIG, jax.devices()[:1]), precision=precision.split()[0])
-    train = dict(precision=site.precision, fp8_head=precision != site.precision)
-    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, **train))
+    config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, precision=precision))
+    site = choose_site(config, jax.devices()[:1])
     operations, eight = 0, 0
     for call, times in floor.product_calls(config, site):
         x, w, _ = call.args

@@ -78,7 +78,7 @@ def expected(params: dict, rounding: Rounding) -> dict[str, np.ndarray]:
 
 
 def test_the_formats_of_the_command_line_are_those_of_the_table():
-    assert set(get_args(Precision)) == {"auto", "fp32", "bf16", "fp8", *FORMATS}
+    assert set(get_args(Precision)) == {"auto", "fp32", "bf16", "fp8", "fp8_head", *FORMATS}
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS.values(), ids=ROUNDINGS)

@@ -232,9 +232,9 @@ def test_fp8_trains_in_8_bits_and_is_evaluated_without():
 def test_a_head_in_fp8_is_multiplied_in_8_bits_where_it_is_asked_for():
     """Twice forward, and each with dy back, in the loop over blocks."""
     steps = []
-    for head in (False, True):
-        program = program_of(precision="fp8", fp8_head=head, loss_blocks=1)
-        assert ("block matrices and the head fp8" in program.facts["precision"]) == head
+    for precision in ("fp8", "fp8_head"):
+        program = program_of(precision=precision, loss_blocks=1)
+        assert ("block matrices and the head fp8" in program.facts["precision"]) == (precision == "fp8_head")
         with jax.set_mesh(program.mesh):
             step = program.phases[0].train_step.lower(program.shapes, batch()).as_text()
         steps.append("".join(re.findall("optimization_barrier.*", step)))
@@ -243,7 +243,7 @@ def test_a_head_in_fp8_is_multiplied_in_8_bits_where_it_is_asked_for():
     losses = run(program, 12 * [batch()])
     assert losses[-1] < losses[0] - 0.5
     with pytest.raises(UserError, match=r"seq_len=16 must be a multiple of 16 times loss_blocks=2 .* try --seq-len 32"):
-        program_of(precision="fp8", fp8_head=True, loss_blocks=2)
+        program_of(precision="fp8_head", loss_blocks=2)
 
 
 def test_what_reads_the_same_is_multiplied_as_one_by_kernels_alone():

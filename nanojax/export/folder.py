@@ -47,7 +47,7 @@ class Export:
 
         The cache is this machine's own: compiled programs are run from there, and the folder must not say where.
         """
-        settings = dict(precision="auto", int4_group=128, fp4_head=False, fp8_head=False, fp4_skip_first=0, fp4_skip_last=0, fp4_until=1.0)
+        settings = dict(precision="auto", int4_group=128, fp4_head=False, fp4_skip_first=0, fp4_skip_last=0, fp4_until=1.0)
         train = dataclasses.replace(self.config.train, **settings, fp4_recipe="weights")  # pyright: ignore[reportArgumentType]  # str for Literal
         data = dataclasses.replace(self.config.data, cache=DataConfig().cache, tokenizer=str(self.path / TOKENIZER))
         return dataclasses.replace(self.config, train=train, data=data)

@@ -54,7 +54,7 @@ def variants(base: Config) -> dict[str, Config | UserError]:
     changes |= {"relu2": (dict(ffn="relu2"), {}), "no QK-norm": (dict(qk_norm=False), {})}
     changes |= {f"int4 g{n}": ({}, dict(precision="int4", int4_group=n)) for n in (64, 128, 256)}
     changes |= {name: ({}, dict(attn_impl=name)) for name in ("te", "cudnn")}
-    changes |= {"fp8": ({}, dict(precision="fp8")), "fp8, head too": ({}, dict(precision="fp8", fp8_head=True))}
+    changes |= {name: ({}, dict(precision=name)) for name in ("fp8", "fp8_head")}
     found: dict[str, Config | UserError] = {}
     for name, (model, train) in changes.items():
         try:

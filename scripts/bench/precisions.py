@@ -21,7 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int4": dict(precision="int4"),
     "full": dict(fp4_recipe="full"),
     "fp8": dict(precision="fp8"),
-    "fp8_head": dict(precision="fp8", fp8_head=True),
+    "fp8_head": dict(precision="fp8_head"),
     "plain": dict(kernels="plain"),
     "te": dict(attn_impl="te"),
     "cudnn": dict(attn_impl="cudnn"),

@@ -49,9 +49,9 @@ def test_the_folder_does_not_say_where_compiled_programs_are_run_from_nor_how_it
     assert plain.data.cache == DataConfig().cache
     assert plain.data.tokenizer == str(tmp_path / "export/nanojax_tokenizer.json")
     assert plain.train.four_bit is None
-    head = dataclasses.replace(config, train=TrainConfig(precision="fp8", fp8_head=True))
+    head = dataclasses.replace(config, train=TrainConfig(precision="fp8_head"))
     export = dataclasses.replace(open_export(tmp_path / "export"), config=head)
-    assert (export.plain_config.train.precision, export.plain_config.train.fp8_head) == ("auto", False)
+    assert export.plain_config.train.precision == "auto"
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "nanojax_tokenizer.json"])
