@@ -24,12 +24,12 @@ from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_head, fp8_products
+from nanojax.ops.kernels import head, swiglu_down
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.loss_gradient import nats_and_gradient
 from nanojax.ops.kernels.spread import Spread, alone
-from nanojax.ops.kernels.swiglu_down import serves
 from nanojax.ops.products import PLAIN_PRODUCTS, Products
-from nanojax.ops.xent import PLAIN_HEAD, total_nats
+from nanojax.ops.xent import PLAIN_HEAD, Head, total_nats
 from nanojax.precision import Rounding
 from nanojax.sizes import micro_batch
 
@@ -84,12 +84,24 @@ class Site:
     def kernels(self) -> list[str]:
         """What has kernels where any are used. SwiGLU's follows one product of gates and ups; it and the loss take whole matrices."""
         model, whole = self.config.model, self.mesh.shape["tensor"] == 1
-        tokens = self.request.rows * model.seq_len // self.mesh.shape["context"]  # of a device
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
-        within = self.hopper and self.precision != "fp8" and serves(tokens, model.width, model.hidden)
+        within = self.hopper and self.precision != "fp8" and swiglu_down.serves(self.tokens, model.width, model.hidden)
         name = "SwiGLU (backward in a product)" if within else "SwiGLU"
-        known = {"norms": True, "rotation": model.qk_norm, name: swiglu, "loss": whole}
+        loss = "loss (in the head's product)" if self.loss_in_product else "loss"
+        known = {"norms": True, "rotation": model.qk_norm, name: swiglu, loss: whole}
         return [name for name, there in known.items() if there]
+
+    @property
+    def tokens(self) -> int:
+        """Of a microbatch, on one device."""
+        return self.request.rows * self.config.model.seq_len // self.mesh.shape["context"]
+
+    @property
+    def loss_in_product(self) -> bool:
+        """Whether the head's product ends in the gradient of the loss."""
+        model, train = self.config.model, self.config.train
+        possible = not self.no_kernels and self.hopper and self.mesh.shape["tensor"] == 1 and not train.fp8_head
+        return bool(possible) and head.serves(self.tokens // train.loss_blocks, model.width, model.vocab_size, model.softcap)
 
     @property
     def hopper(self) -> int | None:
@@ -212,12 +224,18 @@ def rounded_of(site: Site, spread: Spread) -> Round:
 
 
 def total_of(site: Site, between: elementwise.Elementwise) -> Callable:
-    """The summed loss of hidden states, on all devices of a site: each rounds its own tokens."""
-    train, rounded = site.config.train, rounded_of(site, alone)
-    made = None if rounded is both_ways_reference else nats_and_gradient
-    head = fp8_head(rounded, made) if train.fp8_head else PLAIN_HEAD
-    total = functools.partial(total_nats, blocks=train.loss_blocks, of_logits=between.nats_and_gradient, head=head)
+    """The summed loss of hidden states, on all devices of a site: each takes its own tokens."""
+    total = functools.partial(total_nats, blocks=site.config.train.loss_blocks, of_logits=between.nats_and_gradient, head=head_of(site))
     return vocabulary.per_device(total, site.mesh)
+
+
+def head_of(site: Site) -> Head:
+    """The products of a block of a device's tokens with the head."""
+    softcap = site.config.model.softcap
+    if site.config.train.fp8_head:
+        rounded = rounded_of(site, alone)
+        return fp8_head(rounded, None if rounded is both_ways_reference else nats_and_gradient)
+    return head.loss_head(softcap) if softcap is not None and site.loss_in_product else PLAIN_HEAD
 
 
 def formats(config: Config, platform: str) -> tuple[str, str]:

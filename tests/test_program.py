@@ -106,6 +106,12 @@ def test_the_header_names_the_kernels_that_a_model_gets():
         dict(request=dataclasses.replace(hopper, capability="10.0")),
     ):
         assert dataclasses.replace(within, **changes).kernels == ["norms", "rotation", "SwiGLU", "loss"]
+    capped = dataclasses.replace(within, config=dataclasses.replace(within.config, model=dataclasses.replace(sizes, softcap=15.0)))
+    assert capped.kernels[-1] == "loss (in the head's product)"
+    assert dataclasses.replace(capped, precision="fp8").kernels[-1] == "loss (in the head's product)"
+    for train in (dict(precision="fp8_head"), dict(loss_blocks=32)):  # a head in 8 bits, and blocks of less than a tile
+        changed = dataclasses.replace(capped.config, train=dataclasses.replace(CONFIG.train, **train))
+        assert dataclasses.replace(capped, config=changed).kernels[-1] == "loss"
     other = dataclasses.replace(CONFIG.model, qk_norm=False)
     site = dataclasses.replace(site, precision="fp8", config=dataclasses.replace(site.config, model=other))
     assert site.facts["elementwise"] == "kernels: norms, SwiGLU, loss; else XLA"

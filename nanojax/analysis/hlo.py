@@ -36,10 +36,12 @@ ATTENTION_PRODUCTS = {
     "te_fused_attn_forward_ffi": 2.0, "te_fused_attn_backward_ffi": 5.0,
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Those that write into their first operand -> the operand that they write."""
 OWN_PRODUCTS = "mosaic_gpu"
 """Of ops/kernels/wgmma.py."""
-OWN_NAMES = ("down_backward",)
-"""Their kernels, products of the first operand [M, K] and the second [K, N]."""
+OWN_NAMES = ("down_backward", "head_exponentials")
+"""Its kernels, products of the first operand [M, K] and the second [K, N]."""
 OWN_CHECKS = ("round_again",)
 """Own kernels, of ops/kernels/both_ways.py, that most often read their first two operands and leave the others alone."""
 OWN_LOOKS = ("see",)
@@ -258,11 +260,10 @@ def _bytes(instruction: _Instruction, within: Computation, inner: Computation) -
     for i in range(len(read)):
         if (name := parameters.get(str(i))) is not None:
             read[i] = _read_of(name, inner, read[i])
-    updates = [part for part in inner.values() if part.opcode == "dynamic-update-slice" and len(part.operands) > 1]
-    for update in updates:
-        written -= sum(map(size_of, update.shapes)) - sum(
-            map(size_of, inner[update.operands[1]].shapes if update.operands[1] in inner else ())
-        )
+    updates = [(part, UPDATES[part.opcode]) for part in inner.values() if part.opcode in UPDATES and len(part.operands) > 1]
+    for part, at in updates:
+        update = inner.get(part.operands[at])
+        written -= sum(map(size_of, part.shapes)) - sum(map(size_of, update.shapes if update else ()))
     return sum(read) + max(0, written) - scratch
 
 
@@ -271,6 +272,6 @@ def _read_of(name: str, inner: Computation, whole: int) -> int:
     uses = [part for part in inner.values() if name in part.operands]
     if uses and all(part.opcode in SLICES and part.operands[0] == name for part in uses):
         return min(whole, sum(sum(map(size_of, part.shapes)) for part in uses))
-    if uses and all(part.opcode == "dynamic-update-slice" and part.operands[0] == name for part in uses):
+    if uses and all(part.opcode in UPDATES and part.operands[0] == name for part in uses):
         return 0  # it is written into
     return whole

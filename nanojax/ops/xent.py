@@ -51,12 +51,12 @@ class Head(NamedTuple):
 
     prepare: Callable[[Array], Any]
     """Matrix [D, V] -> what the next two are given, once for all blocks of a microbatch."""
-    forward: Callable[[Array, Any], tuple[Array, Any]]
-    """(x [B, T, D], what was prepared) -> (logits [B, T, V], what is kept)."""
+    forward: Callable[[Array, Any], tuple[Any, Any]]
+    """(x [B, T, D], what was prepared) -> (logits [B, T, V], or what `of_logits` takes in their place; what is kept)."""
     backward: Callable[[Any, Any, Any], tuple[Array, Array]]
     """(what was kept, what was prepared, gradient of the logits) -> gradients of x, in its type, and of the matrix, in float32."""
     of_logits: Callable | None = None
-    """What takes the place of the loss's own, where that gradient is not an array."""
+    """What takes the place of the loss's own, where logits or that gradient are not an array."""
 
 
 PLAIN_HEAD = Head(

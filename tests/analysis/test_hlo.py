@@ -28,6 +28,13 @@ GPU = """HloModule jit_step
   ROOT %new = f32[8,64]{1,0} dynamic-update-slice(%p0.1, %p1.1, %p2.1, %zero.1)
 }
 
+%fused_scatter (p0.3: bf16[8,64], p1.3: s32[8,2], p2.3: bf16[8]) -> bf16[8,64] {
+  %p0.3 = bf16[8,64]{1,0} parameter(0)
+  %p1.3 = s32[8,2]{1,0} parameter(1)
+  %p2.3 = bf16[8]{0} parameter(2)
+  ROOT %set = bf16[8,64]{1,0} scatter(%p0.3, %p1.3, %p2.3), update_window_dims={}, inserted_window_dims={0,1}
+}
+
 %fused_call (p0.2: bf16[8,16,32], p1.2: bf16[32,64]) -> bf16[16,64] {
   %p0.2 = bf16[8,16,32]{2,1,0} parameter(0)
   %p1.2 = bf16[32,64]{1,0} parameter(1)
@@ -71,6 +78,10 @@ ENTRY %main (a: bf16[8,64,32], b: f32[8,64], c: f32[1,64], n: s32[]) -> f32[64,3
   %update = f32[8,64]{1,0} fusion(%b, %c, %n), kind=kLoop, calls=%fused_update
   %sum = (f32[8,64]{1,0}, f32[8,64]{1,0}) all-reduce-start(%update), to_apply=%add, metadata={op_name="jit(step)/psum"}
   %done = f32[8,64]{1,0} all-reduce-done(%sum)
+  %places = s32[8,2]{1,0} constant({...})
+  %logits = bf16[8,64]{1,0} constant({...})
+  %of_targets = bf16[8]{0} constant({...})
+  %one_each = bf16[8,64]{1,0} fusion(%logits, %places, %of_targets), kind=kInput, calls=%fused_scatter
   ROOT %loop_convert_fusion.1 = f32[64,32]{1,0} fusion(%a, %n), kind=kLoop, calls=%fused_slice
 }
 """  # noqa: E501  # an instruction is a line
@@ -78,7 +89,19 @@ ENTRY %main (a: bf16[8,64,32], b: f32[8,64], c: f32[1,64], n: s32[]) -> f32[64,3
 
 def test_operations_of_a_gpu_program_by_hand():
     ops = {op.name: op for op in read_program(GPU)}
-    assert list(ops) == ["mm", "sdpa", "ended", "again", "looked", "address_computation", "update", "sum", "done", "loop_convert_fusion.1"]
+    assert list(ops) == [
+        "mm",
+        "sdpa",
+        "ended",
+        "again",
+        "looked",
+        "address_computation",
+        "update",
+        "sum",
+        "done",
+        "one_each",
+        "loop_convert_fusion.1",
+    ]
     mm, sdpa, cut = ops["mm"], ops["sdpa"], ops["loop_convert_fusion.1"]
     assert (mm.flops, mm.times, mm.target) == (2 * 16 * 64 * 32, 3, "__cublas$lt$matmul")
     assert mm.bytes == 2 * (16 * 32 + 32 * 64 + 16 * 64)  # without its scratch
@@ -93,6 +116,7 @@ def test_operations_of_a_gpu_program_by_hand():
     assert cut.bytes == 64 * 32 * (2 + 4) + 4  # the slice, the result, the index
     assert cut.scope == "jit(step)/jvp(block_2)/ffn/convert"
     assert ops["update"].bytes == 2 * 4 * 64 + 4  # what is written in, not what it is written into
+    assert ops["one_each"].bytes == 2 * 2 * 8 + 4 * 2 * 8  # eight numbers read and written, and where
     assert [op.name for op in ops.values() if op.collective] == ["sum", "done"]
     assert ops["done"].bytes == 0
     assert loops_without_a_count(GPU) == 0

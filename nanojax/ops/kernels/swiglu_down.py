@@ -71,7 +71,7 @@ def _down_backward(how: How, dy_BTD: Array, w_down_FD: Array, both_BTF: Array) -
     product = wgmma.Product("down_backward", _end, inputs=(0, f), results=(0, f), stages=4, slots=2)
     flat = (x.reshape(-1, x.shape[-1]) for x in (dy_BTD, both_BTF))
     # The copy is of a matrix that is whole already, and small beside what it is multiplied with.
-    return wgmma.multiply(product, next(flat), w_down_FD.T, next(flat), how.mosaic).reshape(both_BTF.shape)
+    return wgmma.multiply(product, next(flat), w_down_FD.T, next(flat), how.mosaic)[0].reshape(both_BTF.shape)
 
 
 def _end(dh: Array, gate: Array, up: Array) -> tuple[Array, Array]:

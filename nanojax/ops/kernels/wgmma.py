@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 # What else was tried is in scripts/bench/LOG.md.
 ROWS, COLUMNS, DEPTH = 128, 128, 64  # of a tile, and of what is summed over at once
@@ -31,14 +31,16 @@ class Product(NamedTuple):
     name: str
     end: Callable[..., Sequence[Array]]
     """(the product, then inputs, float32) -> results, all squares at the same place."""
-    inputs: tuple[int, ...]
-    """Of the one array that `end` reads: columns at which each starts."""
     results: tuple[int, ...]
     """Of the one array that is made: columns at which each starts."""
     stages: int
     """Depths that are fetched ahead."""
     slots: int
-    """Squares of a warpgroup that are on their way in or out, two at least."""
+    """Squares of a warpgroup that are on their way in or out, two at least where there are inputs."""
+    inputs: tuple[int, ...] = ()
+    """Of the one array that `end` reads, if any: columns at which each starts."""
+    summed: bool = False
+    """Whether `end` gives one more result, which is not made but summed over all columns."""
 
 
 class Arrays(NamedTuple):
@@ -47,8 +49,10 @@ class Arrays(NamedTuple):
     a: Any
     b: Any
     read: Any
-    """What `end` reads."""
+    """What `end` reads, or None."""
     made: Any
+    sums: Any
+    """[columns of tiles, M], float32, or None."""
 
 
 class Shared(NamedTuple):
@@ -58,6 +62,8 @@ class Shared(NamedTuple):
     b: Any
     squares: Any
     """[warpgroup, slot, input or result]."""
+    sums: Any
+    """[warpgroup, row of a tile], float32."""
     fetched: Any
     """Of each warpgroup its own: one whose turn it is not must not count what the other waits for."""
     used: Any
@@ -69,19 +75,25 @@ def fits(m: int, k: int, n: int) -> bool:
     return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % COLUMNS == 0
 
 
-def multiply_reference(product: Product, a_MK: Array, b_KN: Array, read: Array, interpret: Any = None) -> Array:
+def multiply_reference(
+    product: Product, a_MK: Array, b_KN: Array, read: Array | None = None, interpret: Any = None
+) -> tuple[Array, Array | None]:
     """`multiply` written out, of any size, `end` and all in the type of a."""
     del interpret
     n = b_KN.shape[1]
-    results = product.end(a_MK @ b_KN, *(read[:, start : start + n] for start in product.inputs))
+    inputs = [] if read is None else [read[:, start : start + n] for start in product.inputs]
+    results = list(product.end(a_MK @ b_KN, *inputs))
+    sums = jnp.sum(results.pop(), axis=1) if product.summed else None
     made = jnp.zeros((len(a_MK), n * len(product.results)), a_MK.dtype)
     for start, result in zip(product.results, results, strict=True):
         made = made.at[:, start : start + n].set(result)
-    return made
+    return made, sums
 
 
-def multiply(product: Product, a_MK: Array, b_KN: Array, read: Array, interpret: Any = None) -> Array:
-    """end(a @ b, inputs in `read`), results side by side, in bfloat16 as all that is given, summed in float32.
+def multiply(
+    product: Product, a_MK: Array, b_KN: Array, read: Array | None = None, interpret: Any = None
+) -> tuple[Array, Float[Array, " M"] | None]:
+    """(end(a @ b, inputs in `read`), results side by side, in bfloat16 as all that is given, summed in float32; what is only summed).
 
     `interpret`: Mosaic GPU's own parameters, for other devices. Raises ValueError on what is not whole tiles, or of another type.
     """
@@ -89,17 +101,20 @@ def multiply(product: Product, a_MK: Array, b_KN: Array, read: Array, interpret:
     if not fits(m, k, n) or a_MK.dtype != jnp.bfloat16:
         raise ValueError(
             f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS}, "
-            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; swiglu_down.serves tells"
+            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; wgmma.fits tells"
         )
-    made = jax.ShapeDtypeStruct((m, n * len(product.results)), a_MK.dtype)
-    return _jitted(product, made, min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(a_MK, b_KN, read)
+    shapes = [jax.ShapeDtypeStruct((m, n * len(product.results)), a_MK.dtype)]
+    shapes += [jax.ShapeDtypeStruct((n // COLUMNS, m), jnp.float32)] * product.summed
+    arrays = (a_MK, b_KN) if read is None else (a_MK, b_KN, read)
+    made, *sums = _jitted(product, tuple(shapes), min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(*arrays)
+    return made, jnp.sum(sums[0], axis=0) if sums else None
 
 
 @functools.cache
-def _jitted(product: Product, made: Any, processors: int, interpret: Any) -> Callable:
+def _jitted(product: Product, shapes: tuple[Any, ...], processors: int, interpret: Any) -> Callable:
     run = plgpu.kernel(
         functools.partial(_kernel, product),
-        out_type=made,
+        out_type=shapes,
         grid=(processors,),
         grid_names=("processor",),
         num_threads=3,
@@ -117,15 +132,17 @@ def _square_memory(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
-def _kernel(product: Product, *refs):
-    arrays = Arrays(*refs)
+def _kernel(product: Product, a_ref, b_ref, *refs):
+    read, (made, *sums) = refs[0] if product.inputs else None, refs[len(product.inputs) > 0 :]
+    arrays = Arrays(a_ref, b_ref, read, made, *sums or [None])
     shared = Shared(
         a=_square_memory(product.stages, ROWS, DEPTH),
         b=_square_memory(product.stages, DEPTH, COLUMNS),
         squares=_square_memory(2, product.slots, max(len(product.inputs), len(product.results)), SQUARE, SQUARE),
+        sums=plgpu.SMEM((2, ROWS), jnp.float32),
         fetched=plgpu.Barrier(num_arrivals=2, num_barriers=2 * product.stages),
         used=plgpu.Barrier(num_arrivals=1, num_barriers=product.stages),
-        loaded=plgpu.Barrier(num_arrivals=len(product.inputs), num_barriers=2 * product.slots),
+        loaded=plgpu.Barrier(num_arrivals=max(1, len(product.inputs)), num_barriers=2 * product.slots),
     )
     pl.run_scoped(lambda *scratch: _run(product, arrays, Shared(*scratch)), *shared, collective_axes="warpgroup")
 
@@ -214,22 +231,34 @@ def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[A
 
     def scope(accumulator):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent in the turn before
-        for square in range(min(product.slots, len(squares))):
+        for square in range(min(product.slots, len(squares)) if product.inputs else 0):
             load(square)
         multiplied(accumulator)
-        value = accumulator[...]
+        value, total = accumulator[...], jnp.zeros(SQUARE, jnp.float32)
         for square, (r, c) in enumerate(squares):
             memory, loaded = slot(square)
-            plgpu.barrier_wait(loaded)
+            if product.inputs:
+                plgpu.barrier_wait(loaded)
+            elif square >= product.slots:
+                plgpu.wait_smem_to_gmem(product.slots - 1, wait_read_only=True)
             inputs = [memory[i].astype(jnp.float32) for i in range(len(product.inputs))]
-            results = product.end(value[r : r + SQUARE, c : c + SQUARE], *inputs)
+            results = list(product.end(value[r : r + SQUARE, c : c + SQUARE], *inputs))
+            if product.summed:
+                part = jnp.sum(results.pop(), axis=1)
+                total = part if c == 0 else total + part
             for i, result in enumerate(results):
                 memory[i] = result.astype(jnp.bfloat16)
+            summed = product.summed and c + SQUARE == COLUMNS
+            if summed:
+                shared.sums[mine, pl.ds(r, SQUARE)] = total
             plgpu.commit_smem()
+            if summed:
+                place_of_sums = arrays.sums.at[column // COLUMNS, pl.ds(row + r, SQUARE)]
+                plgpu.copy_smem_to_gmem(shared.sums.at[mine, pl.ds(r, SQUARE)], place_of_sums, commit_group=False)
             for i, start in enumerate(product.results):
                 last = i == len(product.results) - 1
                 plgpu.copy_smem_to_gmem(memory.at[i], arrays.made.at[at(square, start)], commit_group=last)
-            if square > 0 and square - 1 + product.slots < len(squares):
+            if product.inputs and square > 0 and square - 1 + product.slots < len(squares):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 load(square - 1 + product.slots)
 

@@ -73,7 +73,8 @@ def test_its_kernels_are_those_whose_flops_are_counted(monkeypatch):
 
     monkeypatch.setattr(wgmma, "multiply", multiply)
     results(functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams())), 1, 2, 4, 6, jnp.float32)
-    assert tuple(taken) == OWN_NAMES
+    assert taken == ["down_backward"]
+    assert set(taken) < set(OWN_NAMES)
 
 
 def test_whole_tiles_are_served():
