@@ -24,7 +24,7 @@ from nanojax.ops.attention_request import Request
 from nanojax.ops.dot import dot
 from nanojax.ops.fp4_dot import full_recipe_dot
 from nanojax.ops.fp8_dot import Round, fp8_dot, fp8_head, fp8_products
-from nanojax.ops.kernels import head, swiglu_down
+from nanojax.ops.kernels import feed_forward, head
 from nanojax.ops.kernels.both_ways import both_ways, both_ways_reference
 from nanojax.ops.kernels.loss_gradient import nats_and_gradient
 from nanojax.ops.kernels.spread import Spread, alone
@@ -85,8 +85,8 @@ class Site:
         """What has kernels where any are used. SwiGLU's follows one product of gates and ups; it and the loss take whole matrices."""
         model, whole = self.config.model, self.mesh.shape["tensor"] == 1
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
-        within = self.hopper and self.precision != "fp8" and swiglu_down.serves(self.tokens, model.width, model.hidden)
-        name = "SwiGLU (backward in a product)" if within else "SwiGLU"
+        within = self.hopper and self.precision != "fp8" and feed_forward.serves(self.tokens, model.width, model.hidden)
+        name = "SwiGLU (in products)" if within else "SwiGLU"
         loss = "loss (in the head's product)" if self.loss_in_product else "loss"
         known = {"norms": True, "rotation": model.qk_norm, name: swiglu, loss: whole}
         return [name for name, there in known.items() if there]

@@ -45,7 +45,7 @@ def computed(mesh: str, model: dict, packed: bool, backend: str, remat: bool, ke
     from nanojax.model import merge, split
     from nanojax.ops.elementwise import PLAIN
     from nanojax.ops.elementwise import kernels as by_kernels
-    from nanojax.ops.kernels import swiglu_down, wgmma
+    from nanojax.ops.kernels import feed_forward, wgmma
     from nanojax.ops.products import PLAIN_PRODUCTS
     from nanojax.ops.xent import total_nats
     from nanojax.program import build_model, make_program
@@ -58,7 +58,7 @@ def computed(mesh: str, model: dict, packed: bool, backend: str, remat: bool, ke
     spread, whole = functools.partial(per_device, mesh=program.mesh), program.mesh.shape["tensor"] == 1
     within = kernels == "within a product"
     if within:  # written out: this model is smaller than a tile
-        swiglu_down.serves, wgmma.multiply = (lambda *_: True), wgmma.multiply_reference
+        feed_forward.serves, wgmma.multiply = (lambda *_: True), wgmma.multiply_reference
     between = by_kernels(spread, PLAIN_PRODUCTS, whole=whole, hopper=1 if within else None, interpret=True) if kernels else PLAIN
     with nnx.use_eager_sharding(False):
         graph = split(lambda: build_model(program, between, jax.random.key(0)))[0]

@@ -40,7 +40,7 @@ UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 """Those that write into their first operand -> the operand that they write."""
 OWN_PRODUCTS = "mosaic_gpu"
 """Of ops/kernels/wgmma.py."""
-OWN_NAMES = ("down_backward", "head_exponentials")
+OWN_NAMES = ("down_backward", "gate_and_up", "head_exponentials")
 """Its kernels, products of the first operand [M, K] and the second [K, N]."""
 OWN_CHECKS = ("round_again",)
 """Own kernels, of ops/kernels/both_ways.py, that most often read their first two operands and leave the others alone."""

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from nanojax.ops.attention_request import Request
 from nanojax.ops.kernels import cross_entropy as loss_kernel
-from nanojax.ops.kernels import swiglu_down as fused
+from nanojax.ops.kernels import feed_forward as fused
 from nanojax.ops.kernels.norm import Stream, add_and_norm_later
 from nanojax.ops.kernels.norm import add_and_norm as norm_kernel
 from nanojax.ops.kernels.norm_rope import norm_rope
@@ -135,23 +135,21 @@ def kernels(
             how, both = How(head_dim, spread, chosen(layers[0]), interpret), tuple(known(gain, head_dim) for gain in gains)
             return qkv(x_BTD if how.products.later else written(x_BTD), ws, both, rope, how, layers[0].ready)
 
-    def within_product(x_BTD, down):
-        f, d = down.w.get_value().shape
-        return chosen(down) is PLAIN_PRODUCTS and hopper is not None and fused.serves(x_BTD.size // d // hopper, d, f)
-
     def feed(x_BTD, gate, up, down):
         if not side_by_side((gate, up)):
             return feed_forward(x_BTD, gate, up, down)
-        both_DF = jnp.concatenate([w.get_value().astype(x_BTD.dtype) for w in (gate.w, up.w)], axis=1)
+        b, t, dtype = *x_BTD.shape[:2], x_BTD.dtype
         alike = side_by_side((down,)) and chosen(down) is chosen(gate)
+        if alike and chosen(gate) is PLAIN_PRODUCTS and hopper is not None and fused.serves(b * t // hopper, *gate.w.get_value().shape):
+            ws = (layer.w.get_value().astype(dtype) for layer in (gate, up, down))
+            return fused.feed_forward(written(x_BTD), *ws, fused.How(spread))
+        both_DF = jnp.concatenate([w.get_value().astype(dtype) for w in (gate.w, up.w)], axis=1)
         if alike and (joint := chosen(gate).feed_forward) is not None:
-            return joint(x_BTD, both_DF, down.w.get_value().astype(x_BTD.dtype), (gate.ready, down.ready))
+            return joint(x_BTD, both_DF, down.w.get_value().astype(dtype), (gate.ready, down.ready))
         x_BTD = written(x_BTD)
         with jax.named_scope("gate_up"):
             both_BTF = multiply(x_BTD, both_DF, chosen(gate), gate.ready)
         with jax.named_scope("down"):
-            if alike and within_product(x_BTD, down):
-                return fused.swiglu_down(both_BTF, down.w.get_value().astype(x_BTD.dtype), fused.How(spread, interpret))
             return down(spread(lambda both: swiglu(both, interpret), (ROWS,), ROWS)(both_BTF))
 
     read = functools.partial(norm, kernel=add_and_norm_later) if whole and products is not None and products.later else norm

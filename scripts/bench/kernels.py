@@ -98,19 +98,46 @@ def both(f: Callable) -> Callable:
     return jax.jit(run)
 
 
-def swiglu_down_case(both: Any, width: int) -> Case:
-    """Beside the same with SwiGLU's own kernel both ways, cuBLAS included in both."""
+def product_cases(c: Any, stream: Any, targets: Any) -> Iterator[Case]:
+    """What is done where a product ends, beside a kernel of its own after cuBLAS's product, all other products included in both."""
     import jax
     import jax.numpy as jnp
 
+    from nanojax.ops.kernels import feed_forward, head
+    from nanojax.ops.kernels.cross_entropy import cross_entropy
     from nanojax.ops.kernels.swiglu import swiglu
-    from nanojax.ops.kernels.swiglu_down import swiglu_down
+    from nanojax.ops.xent import total_nats
 
-    hidden = both.shape[-1] // 2
-    down = jax.random.normal(jax.random.key(5), (hidden, width), jnp.bfloat16) / 32
-    size = both.nbytes // both.shape[-1]  # of one column; what SwiGLU makes is written, and read by two products
-    moved = size * (6 * hidden + 3 * hidden + 3 * width)
-    return Case(f"swiglu_down {list(both.shape)}", swiglu_down, lambda both, w: swiglu(both) @ w, (both, down), moved)
+    def normal(key: int, *shape: int) -> Any:
+        return jax.random.normal(jax.random.key(key), shape, jnp.bfloat16) / 32
+
+    hopper = jax.devices()[0].compute_capability == "9.0"
+    column = stream.nbytes // c.width  # bytes of one
+    if hopper and feed_forward.serves(stream.size // c.width, c.width, c.hidden):
+        ws = normal(5, c.width, c.hidden), normal(6, c.width, c.hidden), normal(7, c.hidden, c.width)
+        moved = column * (2 * 2 * c.hidden + 2 * c.hidden + 2 * c.hidden + 5 * c.width)
+
+        def apart(x: Any, gate: Any, up: Any, down: Any) -> Any:
+            return swiglu(x @ jnp.concatenate([gate, up], axis=1)) @ down
+
+        yield Case(f"feed_forward {list(stream.shape)} {c.hidden}", feed_forward.feed_forward, apart, (stream, *ws), moved)
+    else:
+        print("feed_forward is left out: it takes compute capability 9.0, tokens and hidden size in 128s, and the width in 64s")
+    x, targets, w = stream.reshape(-1, c.width)[: targets.size][None], targets[None], normal(8, c.width, c.vocab_size)
+    if hopper and head.serves(targets.size, c.width, c.vocab_size, c.softcap):
+
+        def nats(logits: Any, targets: Any, softcap: float) -> Any:
+            return jax.tree.map(lambda y: y[None], cross_entropy(logits[0], targets[0], softcap))
+
+        def loss(x: Any, w: Any, **how: Any) -> Any:
+            return total_nats(x, w, targets, c.softcap, 1, **how)
+
+        ended, after = functools.partial(loss, head=head.loss_head(c.softcap)), functools.partial(loss, of_logits=nats)
+        yield Case(f"head {list(x.shape[1:])} {c.vocab_size}", ended, after, (x, w), 3 * 2 * targets.size * c.vocab_size)
+    else:
+        print(
+            "head is left out: it takes compute capability 9.0, --softcap, tokens of a block and vocabulary in 128s, and the width in 64s"
+        )
 
 
 def rounding(way: Callable, work: Any, dtype: Any, *xs: Any) -> Any:
@@ -160,7 +187,6 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     from nanojax.ops.kernels.norm import add_and_norm, add_and_norm_later, add_and_norm_reference
     from nanojax.ops.kernels.norm_rope import norm_rope, norm_rope_reference
     from nanojax.ops.kernels.swiglu import swiglu, swiglu_reference
-    from nanojax.ops.kernels.swiglu_down import serves
     from nanojax.ops.rope import rope_table
     from nanojax.ops.xent import nats_and_gradient
 
@@ -173,10 +199,6 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
     yield Case(f"norm_later {list(stream.shape)}", add_and_norm_later, add_and_norm_reference, (stream, stream, gain), moved, "forward")
     both = jax.random.normal(jax.random.key(4), (rows, c.seq_len, 2 * c.hidden), jnp.bfloat16)
     yield Case(f"swiglu {list(both.shape)}", swiglu, swiglu_reference, (both,), 4 * both.nbytes)
-    if jax.devices()[0].compute_capability == "9.0" and serves(rows * c.seq_len, c.width, c.hidden):
-        yield swiglu_down_case(both, c.width)
-    else:
-        print("swiglu_down is left out: it takes compute capability 9.0, tokens and hidden size in 128s, and the width in 64s")
     tokens = rows * c.seq_len // config.train.loss_blocks
     logits = jax.random.normal(jax.random.key(2), (tokens, c.vocab_size), jnp.bfloat16)
     targets = jax.random.randint(jax.random.key(3), (tokens,), 0, c.vocab_size)
@@ -188,6 +210,7 @@ def cases(config: Config, rows: int) -> Iterator[Case]:
         2 * logits.nbytes,
         passes="in place",
     )
+    yield from product_cases(c, stream, targets)
     yield from rounding_cases(x, both)
     yield Case(
         f"norm_rope {list(x.shape)}",

@@ -17,7 +17,7 @@ from nanojax.model import merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
 from nanojax.ops.fp8_dot import fp8_dot, fp8_products
-from nanojax.ops.kernels import swiglu_down as fused
+from nanojax.ops.kernels import feed_forward as fused
 from nanojax.ops.kernels.both_ways import both_ways
 from nanojax.ops.kernels.spread import alone
 from nanojax.ops.products import PLAIN_PRODUCTS
@@ -158,14 +158,14 @@ def test_matrices_kept_in_4_bits_are_multiplied_one_by_one(tiny_model):
 @pytest.mark.parametrize(
     ("tokens", "devices", "within"), [(128, 1, True), (96, 1, False), (256, 2, True), (128, 2, False), (128, None, False)]
 )
-def test_the_last_product_takes_swiglu_where_each_device_has_whole_tiles(monkeypatch, tiny_model, tokens, devices, within):
+def test_products_end_in_swiglu_where_each_device_has_whole_tiles(monkeypatch, tiny_model, tokens, devices, within):
     taken = []
 
-    def swiglu_down(both_BTF, down, how):
+    def feed_forward(x_BTD, gate, up, down, how):
         taken.append(how)
-        return fused.swiglu_down_reference(both_BTF, down)
+        return fused.feed_forward_reference(x_BTD, gate, up, down)
 
-    monkeypatch.setattr(fused, "swiglu_down", swiglu_down)
+    monkeypatch.setattr(fused, "feed_forward", feed_forward)
     sizes = dict(depth=1, d_model=64, d_ffn=128)
     graph, params = tiny_model(elementwise=kernels(alone, PLAIN_PRODUCTS, hopper=devices, interpret=True), **sizes)
     plain, _ = tiny_model(**sizes)

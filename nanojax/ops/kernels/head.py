@@ -66,10 +66,10 @@ def loss_head(softcap: float, mosaic: Any = None) -> Head:
         e = jnp.exp2(tanh * (softcap * LOG2E) - softcap * LOG2E)
         return e * (1 - tanh * tanh), e
 
-    product = wgmma.Product("head_exponentials", end, results=(0,), stages=5, slots=2, summed=True)
+    product = wgmma.Product("head_exponentials", end, (wgmma.Place(1, 0),), stages=5, slots=2, summed=True)
 
     def forward(x_BTD: Array, ready: Ready) -> tuple[Ended, Array]:
-        m_NV, s_N = wgmma.multiply(product, x_BTD.reshape(-1, x_BTD.shape[-1]), ready.w_DV, interpret=mosaic)
+        (m_NV,), s_N = wgmma.multiply(product, x_BTD.reshape(-1, x_BTD.shape[-1]), ready.w_DV, interpret=mosaic)
         assert s_N is not None
         return Ended(x_BTD, ready.rows_VD, m_NV, s_N), x_BTD
 

@@ -6,6 +6,7 @@ kernels. M rows, K what is summed over, N columns.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -25,22 +26,39 @@ PROCESSORS = 132  # of an H100 SXM and an H200; where there are fewer, some take
 REGISTERS = 40, 232  # of a thread that fetches, and of one that multiplies
 
 
+class Place(NamedTuple):
+    """Of squares of an array that `end` reads or makes. Those of one array are given in the order in which they lie there."""
+
+    wide: int
+    """Squares of the array, side by side, for each call of `end`."""
+    square: int
+    """Which of those."""
+    array: int = 0
+
+
 class Product(NamedTuple):
     """What is multiplied, and what follows."""
 
     name: str
     end: Callable[..., Sequence[Array]]
-    """(the product, then inputs, float32) -> results, all squares at the same place."""
-    results: tuple[int, ...]
-    """Of the one array that is made: columns at which each starts."""
+    """(squares of the product, side by side, then inputs, float32) -> results."""
+    results: tuple[Place, ...]
+    """Of arrays that are made."""
     stages: int
     """Depths that are fetched ahead."""
     slots: int
-    """Squares of a warpgroup that are on their way in or out, two at least where there are inputs."""
-    inputs: tuple[int, ...] = ()
-    """Of the one array that `end` reads, if any: columns at which each starts."""
+    """Squares of a warpgroup that are on their way in or out; two at least where there are inputs."""
+    inputs: tuple[Place, ...] = ()
+    """Of the one array that `end` reads, if any."""
+    across: int = 1
+    """Squares of the product that `end` gets."""
     summed: bool = False
     """Whether `end` gives one more result, which is not made but summed over all columns."""
+
+    def widths(self, columns: int) -> list[int]:
+        """Columns of each array that is made of a product of so many."""
+        wide = {place.array: place.wide for place in self.results}
+        return [columns // self.across * wide[array] for array in sorted(wide)]
 
 
 class Arrays(NamedTuple):
@@ -50,7 +68,7 @@ class Arrays(NamedTuple):
     b: Any
     read: Any
     """What `end` reads, or None."""
-    made: Any
+    made: tuple[Any, ...]
     sums: Any
     """[columns of tiles, M], float32, or None."""
 
@@ -75,25 +93,38 @@ def fits(m: int, k: int, n: int) -> bool:
     return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % COLUMNS == 0
 
 
+def side_by_side(ws: Sequence[Float[Array, "M F"]]) -> Float[Array, "M Y"]:
+    """Arrays by turns of a square's columns, as `Place` has them; of their own where squares do not divide them."""
+    m, f = ws[0].shape
+    side = SQUARE if f % SQUARE == 0 else f
+    return jnp.stack([w.reshape(m, -1, side) for w in ws], axis=2).reshape(m, -1)
+
+
+def apart(w_MY: Float[Array, "M Y"], count: int) -> list[Float[Array, "M F"]]:
+    """The inverse of `side_by_side`."""
+    m, f = len(w_MY), w_MY.shape[1] // count
+    parts = w_MY.reshape(m, -1, count, SQUARE if f % SQUARE == 0 else f)
+    return [parts[:, :, i].reshape(m, -1) for i in range(count)]
+
+
 def multiply_reference(
     product: Product, a_MK: Array, b_KN: Array, read: Array | None = None, interpret: Any = None
-) -> tuple[Array, Array | None]:
+) -> tuple[list[Array], Array | None]:
     """`multiply` written out, of any size, `end` and all in the type of a."""
     del interpret
-    n = b_KN.shape[1]
-    inputs = [] if read is None else [read[:, start : start + n] for start in product.inputs]
-    results = list(product.end(a_MK @ b_KN, *inputs))
+    inputs = [] if read is None else [apart(read, place.wide)[place.square] for place in product.inputs]
+    results = list(product.end(*apart(a_MK @ b_KN, product.across), *inputs))
     sums = jnp.sum(results.pop(), axis=1) if product.summed else None
-    made = jnp.zeros((len(a_MK), n * len(product.results)), a_MK.dtype)
-    for start, result in zip(product.results, results, strict=True):
-        made = made.at[:, start : start + n].set(result)
-    return made, sums
+    made = collections.defaultdict(list)
+    for place, result in zip(product.results, results, strict=True):
+        made[place.array].append(result)
+    return [side_by_side(made[array]) for array in sorted(made)], sums
 
 
 def multiply(
     product: Product, a_MK: Array, b_KN: Array, read: Array | None = None, interpret: Any = None
-) -> tuple[Array, Float[Array, " M"] | None]:
-    """(end(a @ b, inputs in `read`), results side by side, in bfloat16 as all that is given, summed in float32; what is only summed).
+) -> tuple[list[Array], Float[Array, " M"] | None]:
+    """(end(a @ b, inputs in `read`), in bfloat16 as all that is given, summed in float32; what is only summed).
 
     `interpret`: Mosaic GPU's own parameters, for other devices. Raises ValueError on what is not whole tiles, or of another type.
     """
@@ -103,11 +134,12 @@ def multiply(
             f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS}, "
             f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; wgmma.fits tells"
         )
-    shapes = [jax.ShapeDtypeStruct((m, n * len(product.results)), a_MK.dtype)]
+    shapes = [jax.ShapeDtypeStruct((m, width), a_MK.dtype) for width in product.widths(n)]
     shapes += [jax.ShapeDtypeStruct((n // COLUMNS, m), jnp.float32)] * product.summed
     arrays = (a_MK, b_KN) if read is None else (a_MK, b_KN, read)
-    made, *sums = _jitted(product, tuple(shapes), min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(*arrays)
-    return made, jnp.sum(sums[0], axis=0) if sums else None
+    made = list(_jitted(product, tuple(shapes), min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(*arrays))
+    sums = jnp.sum(made.pop(), axis=0) if product.summed else None
+    return made, sums
 
 
 @functools.cache
@@ -133,8 +165,9 @@ def _square_memory(*shape: int) -> Any:
 
 
 def _kernel(product: Product, a_ref, b_ref, *refs):
-    read, (made, *sums) = refs[0] if product.inputs else None, refs[len(product.inputs) > 0 :]
-    arrays = Arrays(a_ref, b_ref, read, made, *sums or [None])
+    read, made = refs[0] if product.inputs else None, refs[len(product.inputs) > 0 :]
+    made, sums = (made[:-1], made[-1]) if product.summed else (made, None)
+    arrays = Arrays(a_ref, b_ref, read, made, sums)
     shared = Shared(
         a=_square_memory(product.stages, ROWS, DEPTH),
         b=_square_memory(product.stages, DEPTH, COLUMNS),
@@ -153,8 +186,9 @@ def _run(product: Product, arrays: Arrays, shared: Shared) -> None:
     each_tile = plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="processor")
 
     def place(info) -> tuple[Any, Any]:
+        """Row, and the column of tiles."""
         row, column = plgpu.planar_snake(info.index[0], tiles, 0, TOGETHER)
-        return row * ROWS, column * COLUMNS
+        return row * ROWS, column
 
     @pl.when(mine == 2)
     def _():
@@ -192,7 +226,7 @@ def _fetch(arrays: Arrays, shared: Shared, place: tuple[Any, Any], turn, start) 
         arrived = shared.fetched.at[turn * stages + stage]
         pl.when(step >= stages)(lambda: plgpu.barrier_wait(shared.used.at[stage]))
         plgpu.copy_gmem_to_smem(arrays.a.at[pl.ds(row, ROWS), at], shared.a.at[stage], arrived)
-        plgpu.copy_gmem_to_smem(arrays.b.at[at, pl.ds(column, COLUMNS)], shared.b.at[stage], arrived)
+        plgpu.copy_gmem_to_smem(arrays.b.at[at, pl.ds(column * COLUMNS, COLUMNS)], shared.b.at[stage], arrived)
 
 
 def _sum(shared: Shared, mine, start, depths: int, accumulator: Any) -> None:
@@ -213,12 +247,12 @@ def _sum(shared: Shared, mine, start, depths: int, accumulator: Any) -> None:
 
 def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[Any, Any], multiplied: Callable) -> None:
     """One tile: multiply, and end it square by square, whose inputs are on their way meanwhile."""
-    row, column = place
-    squares = [(r, c) for r in range(0, ROWS, SQUARE) for c in range(0, COLUMNS, SQUARE)]
+    (row, column), steps = place, COLUMNS // SQUARE // product.across
+    squares = [(r, c) for r in range(0, ROWS, SQUARE) for c in range(steps)]
 
-    def at(square: int, start: int) -> tuple[Any, Any]:
+    def at(square: int, place: Place) -> tuple[Any, Any]:
         r, c = squares[square]
-        return pl.ds(row + r, SQUARE), pl.ds(start + column + c, SQUARE)
+        return pl.ds(row + r, SQUARE), pl.ds(((column * steps + c) * place.wide + place.square) * SQUARE, SQUARE)
 
     def slot(square: int) -> tuple[Any, Any]:
         at = square % product.slots
@@ -226,8 +260,8 @@ def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[A
 
     def load(square: int) -> None:
         memory, loaded = slot(square)
-        for i, start in enumerate(product.inputs):
-            plgpu.copy_gmem_to_smem(arrays.read.at[at(square, start)], memory.at[i], loaded)
+        for i, source in enumerate(product.inputs):
+            plgpu.copy_gmem_to_smem(arrays.read.at[at(square, source)], memory.at[i], loaded)
 
     def scope(accumulator):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent in the turn before
@@ -242,22 +276,24 @@ def _tile(product: Product, arrays: Arrays, shared: Shared, mine, place: tuple[A
             elif square >= product.slots:
                 plgpu.wait_smem_to_gmem(product.slots - 1, wait_read_only=True)
             inputs = [memory[i].astype(jnp.float32) for i in range(len(product.inputs))]
-            results = list(product.end(value[r : r + SQUARE, c : c + SQUARE], *inputs))
+            parts = [c * product.across + i for i in range(product.across)]
+            given = [value[r : r + SQUARE, part * SQUARE : (part + 1) * SQUARE] for part in parts]
+            results = list(product.end(*given, *inputs))
             if product.summed:
                 part = jnp.sum(results.pop(), axis=1)
                 total = part if c == 0 else total + part
             for i, result in enumerate(results):
                 memory[i] = result.astype(jnp.bfloat16)
-            summed = product.summed and c + SQUARE == COLUMNS
+            summed = product.summed and c == steps - 1
             if summed:
                 shared.sums[mine, pl.ds(r, SQUARE)] = total
             plgpu.commit_smem()
             if summed:
-                place_of_sums = arrays.sums.at[column // COLUMNS, pl.ds(row + r, SQUARE)]
-                plgpu.copy_smem_to_gmem(shared.sums.at[mine, pl.ds(r, SQUARE)], place_of_sums, commit_group=False)
-            for i, start in enumerate(product.results):
+                sums = arrays.sums.at[column, pl.ds(row + r, SQUARE)]
+                plgpu.copy_smem_to_gmem(shared.sums.at[mine, pl.ds(r, SQUARE)], sums, commit_group=False)
+            for i, target in enumerate(product.results):
                 last = i == len(product.results) - 1
-                plgpu.copy_smem_to_gmem(memory.at[i], arrays.made.at[at(square, start)], commit_group=last)
+                plgpu.copy_smem_to_gmem(memory.at[i], arrays.made[target.array].at[at(square, target)], commit_group=last)
             if product.inputs and square > 0 and square - 1 + product.slots < len(squares):
                 plgpu.wait_smem_to_gmem(1, wait_read_only=True)
                 load(square - 1 + product.slots)

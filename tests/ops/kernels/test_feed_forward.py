@@ -1,4 +1,4 @@
-"""SwiGLU and the last product, whose way back is one kernel, against the function written out."""
+"""The feed-forward whose products do its elementwise work, against the function written out, gradients too."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from nanojax.analysis.hlo import OWN_NAMES
 from nanojax.mesh import make_mesh, sharded
 from nanojax.ops.kernels import wgmma
-from nanojax.ops.kernels.swiglu_down import How, serves, swiglu_down, swiglu_down_reference
+from nanojax.ops.kernels.feed_forward import How, feed_forward, feed_forward_reference, serves
 
-ERROR = 0.01  # bf16 inputs and results
+ERROR = 0.01  # bf16 inputs and results; gates, ups and their gradients are rounded to it in between
 
 
 def results(f, rows, t, d, hidden, dtype):
@@ -27,7 +27,8 @@ def results(f, rows, t, d, hidden, dtype):
     def normal(*shape, scale=1.0):
         return jnp.asarray(scale * rng.standard_normal(shape), jnp.bfloat16).astype(dtype)
 
-    y, vjp = jax.vjp(f, normal(rows, t, 2 * hidden), normal(hidden, d, scale=hidden**-0.5))
+    ws = normal(d, hidden, scale=d**-0.5), normal(d, hidden, scale=d**-0.5), normal(hidden, d, scale=hidden**-0.5)
+    y, vjp = jax.vjp(f, normal(rows, t, d), *ws)
     return y, *vjp(normal(*y.shape))
 
 
@@ -46,20 +47,20 @@ def assert_alike(got, want):
         pytest.param(5, (1, 256, 128, 256), marks=pytest.mark.slow),
     ],
 )
-def test_it_is_swiglu_and_a_product_forward_and_backward(monkeypatch, processors, sizes):
+def test_it_is_a_swiglu_feed_forward_and_backward(monkeypatch, processors, sizes):
     """Interpreted, which also checks that no barrier is left waiting or unobserved."""
     monkeypatch.setattr(wgmma, "PROCESSORS", processors)
-    interpreted = functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams()))
-    assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(swiglu_down_reference, *sizes, jnp.float32))
+    interpreted = functools.partial(feed_forward, how=How(interpret=InterpretGPUParams()))
+    assert_alike(results(interpreted, *sizes, jnp.bfloat16), results(feed_forward_reference, *sizes, jnp.float32))
 
 
 def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
-    """By its product written out: which part goes where, on a mesh of one device."""
+    """By its products written out: which part goes where, on a mesh of one device."""
     monkeypatch.setattr(wgmma, "multiply", wgmma.multiply_reference)
     mesh = make_mesh({"data": 1, "fsdp": 1, "context": 1, "tensor": 1}, jax.devices()[:1])
     sizes = (3, 5, 8, 12)
-    spread = functools.partial(swiglu_down, how=How(functools.partial(sharded, mesh=mesh), True))
-    got, want = (jax.jit(results, static_argnums=range(6))(f, *sizes, jnp.float32) for f in (spread, swiglu_down_reference))
+    spread = functools.partial(feed_forward, how=How(functools.partial(sharded, mesh=mesh)))
+    got, want = (jax.jit(results, static_argnums=range(6))(f, *sizes, jnp.float32) for f in (spread, feed_forward_reference))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()))
 
@@ -67,13 +68,13 @@ def test_spread_over_a_mesh_it_is_the_same(monkeypatch):
 def test_its_kernels_are_those_whose_flops_are_counted(monkeypatch):
     taken = []
 
-    def multiply(product, *arguments):
+    def multiply(product, *arguments, **how):
         taken.append(product.name)
-        return wgmma.multiply_reference(product, *arguments)
+        return wgmma.multiply_reference(product, *arguments, **how)
 
     monkeypatch.setattr(wgmma, "multiply", multiply)
-    results(functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams())), 1, 2, 4, 6, jnp.float32)
-    assert taken == ["down_backward"]
+    results(feed_forward, 1, 2, 4, 6, jnp.float32)
+    assert taken == ["gate_and_up", "down_backward"]
     assert set(taken) < set(OWN_NAMES)
 
 
@@ -89,15 +90,14 @@ def test_whole_tiles_are_served():
 
 @pytest.mark.parametrize(("shape", "dtype"), [((64, 64), jnp.bfloat16), ((128, 96), jnp.bfloat16), ((128, 64), jnp.float32)])
 def test_what_is_not_whole_tiles_of_bfloat16_is_refused(shape, dtype):
-    dy, both, w_down = jnp.zeros((1, *shape), dtype), jnp.zeros((1, shape[0], 256), dtype), jnp.zeros((128, shape[1]), dtype)
-    back = jax.vjp(functools.partial(swiglu_down, how=How(interpret=True, mosaic=InterpretGPUParams())), both, w_down)[1]
+    x, w = jnp.zeros((1, *shape), dtype), jnp.zeros((shape[1], 128), dtype)
     with pytest.raises(ValueError, match=f"tiles of 128 x 64 by 64 x 128, given .*{shape[0]}, {shape[1]}"):
-        back(dy)
+        feed_forward(x, w, w, w.T)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(3, 128, 64, 128), (5, 384, 192, 640), (2, 2048, 1280, 3584), (16, 2048, 768, 2048)])
 def test_the_compiled_kernel_agrees_on_a_gpu(sizes):
     """Fewer tiles than processors, and many more; numbers of depths that are no multiple of those fetched ahead."""
-    got = jax.jit(lambda: results(swiglu_down, *sizes, jnp.bfloat16))()
-    assert_alike(got, jax.jit(lambda: results(swiglu_down_reference, *sizes, jnp.float32))())
+    got = jax.jit(lambda: results(feed_forward, *sizes, jnp.bfloat16))()
+    assert_alike(got, jax.jit(lambda: results(feed_forward_reference, *sizes, jnp.float32))())
