@@ -246,8 +246,7 @@ class TrainConfig:
     precision: Precision = "auto"
     """Format that the matrices of the blocks are rounded to once a step; their gradients pass straight through. auto: that of
     compute_dtype. int4, nvfp4 (blocks of 16), nvfp4_2d (of 16 x 16) and mxfp4 are 4-bit. fp8: activations and gradients as well, in real
-    8-bit products, on GPUs of compute capability 9.0 or later; evaluated in bf16. fp8_head: those of the output head too, which is faster,
-    and what it costs in loss is not settled (README)."""
+    8-bit products, on GPUs of compute capability 9.0 or later; evaluated in bf16. fp8_head: those of the output head too."""
     int4_group: Literal[64, 128, 256] = 128
     """Weights that share a scale in int4."""
     fp4_head: bool = False
