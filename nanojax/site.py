@@ -82,7 +82,7 @@ class Site:
 
     @property
     def kernels(self) -> list[str]:
-        """What has kernels where any are used. SwiGLU's follows one product of gates and ups; it and the loss take whole matrices."""
+        """What has kernels where any are used. Those of SwiGLU and the loss take whole matrices."""
         model, whole = self.config.model, self.mesh.shape["tensor"] == 1
         swiglu = model.ffn == "swiglu" and products_of(self) is not None and whole
         within = self.hopper and self.precision != "fp8" and feed_forward.serves(self.tokens, model.width, model.hidden)

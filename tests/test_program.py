@@ -19,10 +19,12 @@ from nanojax.data.loader import Batch
 from nanojax.errors import StorageError, UserError
 from nanojax.mesh import batch_sharding
 from nanojax.ops.attention_request import Request
+from nanojax.ops.kernels.head import loss_head
+from nanojax.ops.xent import PLAIN_HEAD
 from nanojax.precision import Rounding, prepare_weights
 from nanojax.program import keep_compiled_programs, make_program, out_of_memory_told
 from nanojax.run_kind import RunKind
-from nanojax.site import request_of
+from nanojax.site import head_of, request_of
 from nanojax.sizes import resolve
 
 MODEL = ModelConfig(depth=2, d_model=32, head_dim=16, d_ffn=64, seq_len=16, vocab_size=128)
@@ -106,18 +108,50 @@ def test_the_header_names_the_kernels_that_a_model_gets():
         dict(request=dataclasses.replace(hopper, capability="10.0")),
     ):
         assert dataclasses.replace(within, **changes).kernels == ["norms", "rotation", "SwiGLU", "loss"]
-    capped = dataclasses.replace(within, config=dataclasses.replace(within.config, model=dataclasses.replace(sizes, softcap=15.0)))
-    assert capped.kernels[-1] == "loss (in the head's product)"
-    assert dataclasses.replace(capped, precision="fp8").kernels[-1] == "loss (in the head's product)"
-    for train in (dict(precision="fp8_head"), dict(loss_blocks=32)):  # a head in 8 bits, and blocks of less than a tile
-        changed = dataclasses.replace(capped.config, train=dataclasses.replace(CONFIG.train, **train))
-        assert dataclasses.replace(capped, config=changed).kernels[-1] == "loss"
     other = dataclasses.replace(CONFIG.model, qk_norm=False)
     site = dataclasses.replace(site, precision="fp8", config=dataclasses.replace(site.config, model=other))
     assert site.facts["elementwise"] == "kernels: norms, SwiGLU, loss; else XLA"
     assert program_of().facts["elementwise"] == "XLA: kernels run on NVIDIA GPUs, and the device is a cpu"
     cut: Any = jax.sharding.AbstractMesh((1, 1, 1, 2), MESH_AXES)
     assert dataclasses.replace(program_of(), mesh=cut).kernels == ["norms", "rotation"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "train", "mesh", "ended"),
+    [
+        ({}, {}, {}, (1, 1, 1, 1), True),
+        (dict(precision="fp8"), {}, {}, (1, 1, 1, 1), True),
+        ({}, dict(softcap=None), {}, (1, 1, 1, 1), False),
+        ({}, dict(softcap=50.0), {}, (1, 1, 1, 1), False),
+        ({}, {}, dict(precision="fp8_head"), (1, 1, 1, 1), False),  # a head in 8 bits
+        ({}, {}, dict(loss_blocks=32), (1, 1, 1, 1), False),  # blocks of less than a tile
+        (dict(no_kernels="asked for"), {}, {}, (1, 1, 1, 1), False),
+        ({}, {}, {}, (1, 1, 1, 2), False),  # a part of the vocabulary
+        ({}, {}, {}, (1, 1, 2, 1), True),
+        ({}, {}, dict(loss_blocks=16), (1, 1, 1, 1), True),
+        ({}, {}, dict(loss_blocks=16), (1, 1, 2, 1), False),  # a block is of half the tokens then
+        ({}, {}, {}, (2, 1, 1, 1), True),  # rows are a device's own
+    ],
+)
+def test_the_heads_product_ends_in_the_loss_where_the_header_says_so(changes, model, train, mesh, ended):
+    """As if on a GPU: nothing is compiled. 64 rows of 32 tokens on a device."""
+    site = dataclasses.replace(program_of(), no_kernels=None)
+    request = dataclasses.replace(site.request, platform="gpu", capability="9.0", rows=64)
+    sizes = dataclasses.replace(site.config.model, **(dict(d_model=64, d_ffn=128, seq_len=32, softcap=15.0) | model))
+    config = dataclasses.replace(site.config, model=sizes, train=dataclasses.replace(CONFIG.train, **train))
+    devices: Any = jax.sharding.AbstractMesh(mesh, MESH_AXES)
+    site = dataclasses.replace(site, request=request, config=config, mesh=devices, **changes)
+    if site.no_kernels is None:
+        assert ("loss (in the head's product)" in site.kernels) == ended
+    assert (head_of(site) is loss_head(15.0)) == ended
+
+
+def test_a_capped_loss_is_trained_where_no_product_ends_in_it():
+    model = dataclasses.replace(MODEL, depth=1, softcap=15.0)
+    program = make_program(resolve(dataclasses.replace(CONFIG, model=model), 128), jax.devices()[:1])
+    assert head_of(program) is PLAIN_HEAD
+    losses = run(program, [batch()] * 2)
+    assert losses[1] < losses[0]
 
 
 def test_a_step_that_lacks_the_kernel_of_its_backend_is_refused(quick):

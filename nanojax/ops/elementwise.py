@@ -107,7 +107,7 @@ def kernels(
     `products` are those of matrices that are told to round, which all others do not; None where matrices may not be multiplied side by
     side. `whole`: a device has all heads, feed-forward and vocabulary. Where it has a part of each, matrices are multiplied one by one, and
     the loss is XLA's. `hopper`: the devices that rows and tokens are cut over, where they are of compute capability 9.0, which has
-    products that do the work after them; there, not with `interpret`.
+    products that do the work after them, which `interpret` does not reach.
     """
     joined = whole and products is not None
 

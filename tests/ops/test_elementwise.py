@@ -13,7 +13,7 @@ import pytest
 from generating import packed
 
 from nanojax.config import TrainConfig
-from nanojax.model import merge
+from nanojax.model import give_keys, merge
 from nanojax.ops.attention_request import Request
 from nanojax.ops.elementwise import PLAIN, kernels, refusal
 from nanojax.ops.fp8_dot import fp8_dot, fp8_products
@@ -173,3 +173,29 @@ def test_products_end_in_swiglu_where_each_device_has_whole_tiles(monkeypatch, t
     got, want = (jax.jit(lambda params, g=g: merge(g, params)(inputs))(params) for g in (graph, plain))
     np.testing.assert_allclose(got, want, atol=1e-5)
     assert bool(taken) == within
+
+
+@pytest.mark.parametrize("kind", ["8 bits", "the last in 4 bits"])
+def test_products_of_other_kinds_do_not_end_in_swiglu(monkeypatch, tiny_model, kind):
+    """Of whole tiles all the same."""
+    monkeypatch.setattr(fused, "feed_forward", lambda *_: pytest.fail("multiplied in bfloat16"))
+    rounded, sizes = functools.partial(both_ways, interpret=True), dict(depth=1, d_model=64, d_ffn=128)
+    products, dot = (
+        (fp8_products(rounded), dict(dot=functools.partial(fp8_dot, rounded=rounded))) if kind == "8 bits" else (PLAIN_PRODUCTS, {})
+    )
+    graph, params = tiny_model(elementwise=kernels(alone, products, hopper=1, interpret=True), **dot, **sizes)
+    plain, _ = tiny_model(**sizes)
+    inputs = jnp.asarray(np.random.default_rng(0).integers(0, 64, (2, 64)), jnp.int32)
+    down = "blocks.0.ffn.down.w"
+    codes = jax.jit(quantize_weights, static_argnums=1)(params, Rounding("nvfp4"))[down]
+    weights = params if kind == "8 bits" else params | {down: packed(codes)}
+
+    @jax.jit
+    def run(weights):
+        model = merge(graph, weights)
+        if kind == "8 bits":
+            give_keys(model, jax.random.key(0), dict.fromkeys(name for name in params if ".ffn." in name))
+        return model(inputs)
+
+    # Logits are of size 1, and three products of 8 bits far from them.
+    np.testing.assert_allclose(run(weights), jax.jit(merge(plain, weights).__call__)(inputs), atol=0.2 if kind == "8 bits" else 1e-5)

@@ -90,11 +90,11 @@ class Shared(NamedTuple):
 
 def fits(m: int, k: int, n: int) -> bool:
     """Whether a product [M, K] @ [K, N] is one of whole tiles."""
-    return m > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % COLUMNS == 0
+    return min(m, k, n) > 0 and m % ROWS == 0 and k % DEPTH == 0 and n % COLUMNS == 0
 
 
 def side_by_side(ws: Sequence[Float[Array, "M F"]]) -> Float[Array, "M Y"]:
-    """Arrays by turns of a square's columns, as `Place` has them; of their own where squares do not divide them."""
+    """Arrays by turns of a square's columns, as `Place` has them; one after the other where a square does not divide them."""
     m, f = ws[0].shape
     side = SQUARE if f % SQUARE == 0 else f
     return jnp.stack([w.reshape(m, -1, side) for w in ws], axis=2).reshape(m, -1)
@@ -128,15 +128,14 @@ def multiply(
 
     `interpret`: Mosaic GPU's own parameters, for other devices. Raises ValueError on what is not whole tiles, or of another type.
     """
-    (m, k), n = a_MK.shape, b_KN.shape[1]
-    if not fits(m, k, n) or a_MK.dtype != jnp.bfloat16:
+    (m, k), (depth, n), arrays = a_MK.shape, b_KN.shape, (a_MK, b_KN) if read is None else (a_MK, b_KN, read)
+    if not fits(m, k, n) or depth != k or any(x.dtype != jnp.bfloat16 for x in arrays) or (read is not None and len(read) != m):
         raise ValueError(
-            f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS}, "
-            f"given {a_MK.dtype} [{m}, {k}] by [{k}, {n}]; wgmma.fits tells"
+            f"{product.name} multiplies bfloat16 in tiles of {ROWS} x {DEPTH} by {DEPTH} x {COLUMNS}, and reads as many rows as it makes, "
+            f"given {' and '.join(f'{x.dtype} {list(x.shape)}' for x in arrays)}; wgmma.fits tells"
         )
     shapes = [jax.ShapeDtypeStruct((m, width), a_MK.dtype) for width in product.widths(n)]
     shapes += [jax.ShapeDtypeStruct((n // COLUMNS, m), jnp.float32)] * product.summed
-    arrays = (a_MK, b_KN) if read is None else (a_MK, b_KN, read)
     made = list(_jitted(product, tuple(shapes), min(PROCESSORS, m // ROWS * (n // COLUMNS)), interpret)(*arrays))
     sums = jnp.sum(made.pop(), axis=0) if product.summed else None
     return made, sums

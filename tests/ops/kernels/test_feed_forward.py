@@ -91,8 +91,17 @@ def test_whole_tiles_are_served():
 @pytest.mark.parametrize(("shape", "dtype"), [((64, 64), jnp.bfloat16), ((128, 96), jnp.bfloat16), ((128, 64), jnp.float32)])
 def test_what_is_not_whole_tiles_of_bfloat16_is_refused(shape, dtype):
     x, w = jnp.zeros((1, *shape), dtype), jnp.zeros((shape[1], 128), dtype)
-    with pytest.raises(ValueError, match=f"tiles of 128 x 64 by 64 x 128, given .*{shape[0]}, {shape[1]}"):
+    with pytest.raises(ValueError, match=rf"tiles of 128 x 64 by 64 x 128, .*given {jnp.dtype(dtype).name} \[{shape[0]}, {shape[1]}\]"):
         feed_forward(x, w, w, w.T)
+
+
+@pytest.mark.parametrize(
+    ("b", "read"), [((64, 128, "float32"), (128, 256)), ((128, 128, "bfloat16"), (128, 256)), ((64, 128, "bfloat16"), (256, 256))]
+)
+def test_operands_that_do_not_go_together_are_refused(b, read):
+    product = wgmma.Product("pair", lambda z, x: (z + x,), (wgmma.Place(1, 0),), 4, 2, (wgmma.Place(2, 1),))
+    with pytest.raises(ValueError, match="pair multiplies bfloat16"):
+        wgmma.multiply(product, jnp.zeros((128, 64), jnp.bfloat16), jnp.zeros(b[:2], b[2]), jnp.zeros(read, jnp.bfloat16))
 
 
 @pytest.mark.gpu

@@ -13,6 +13,7 @@ import pytest
 # Public from jax 0.11 on.
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
+from nanojax.analysis.hlo import OWN_NAMES
 from nanojax.ops.kernels import wgmma
 from nanojax.ops.kernels.head import loss_head, serves
 from nanojax.ops.xent import IGNORED, PLAIN_HEAD, total_nats
@@ -46,11 +47,11 @@ def naive(x, w, targets, softcap):
     return jax.value_and_grad(loss, argnums=(0, 1))(x.astype(jnp.float32), w.astype(jnp.float32))
 
 
-def check(softcap, mosaic, sizes, spread=2.0, blocks=2, loss_error=1e-5):
+def check(softcap, interpret, sizes, spread=2.0, blocks=2, loss_error=1e-5):
     """Its loss, of float32 logits, and gradients that are off by no more than by a head whose logits are written in bfloat16."""
     given = inputs(*sizes, spread)
     want, wanted = naive(*given, softcap)
-    value, got = results(*given, softcap, loss_head(softcap, mosaic), blocks)
+    value, got = results(*given, softcap, loss_head(softcap, interpret), blocks)
     _, plain = results(*given, softcap, PLAIN_HEAD, blocks)
     np.testing.assert_allclose(value, want, rtol=loss_error)
     for a, b, c in zip(got, wanted, plain, strict=True):
@@ -92,6 +93,51 @@ def test_whole_tiles_and_a_cap_that_bounds_are_served():
     assert not serves(128, 64, 128, 41.0)  # exp(-2 * 41) is no normal float32
     assert not serves(64, 64, 128, 15.0)
     assert not serves(128, 64, 50257, 15.0)
+
+
+def test_its_product_is_one_whose_flops_are_counted(monkeypatch):
+    taken = []
+
+    def multiply(product, *arguments, **how):
+        taken.append(product.name)
+        return wgmma.multiply_reference(product, *arguments, **how)
+
+    monkeypatch.setattr(wgmma, "multiply", multiply)
+    results(*inputs(1, 128, 64, 128), 14.0, loss_head(14.0, INTERPRETED), 1)  # of a cap that no other test has traced
+    assert set(taken) == {"head_exponentials"} < set(OWN_NAMES)
+
+
+def confident(softcap: float, z: float):
+    """States, a matrix and targets whose logits before the cap are z, others' being of size 1."""
+    x, w, targets = inputs(2, 128, 64, 256, spread=1.0)
+    targets = jnp.abs(targets)
+    of_target = w.T[targets].astype(jnp.float32)
+    now = jnp.sum(x.astype(jnp.float32) * of_target, axis=-1, keepdims=True)
+    x = x + (z - now) * of_target / jnp.sum(of_target**2, axis=-1, keepdims=True)
+    return x.astype(jnp.bfloat16), w, targets
+
+
+def check_confident(softcap, z, interpret):
+    """Token by token: what e and s of a target share must cancel."""
+    x, w, targets = confident(softcap, z)
+    want, (dx, _) = naive(x, w, targets, softcap)
+    value, (got, _) = results(x, w, targets, softcap, loss_head(softcap, interpret))
+    assert value >= 0
+    np.testing.assert_allclose(value, want, rtol=0.1)
+    off = np.linalg.norm(np.asarray(got, np.float32) - dx, axis=-1) / np.linalg.norm(dx, axis=-1)
+    assert np.median(off) < 0.02
+    assert (np.sum(np.asarray(got, np.float32) * dx, axis=-1) > 0).all()
+
+
+@pytest.mark.parametrize(("softcap", "z"), [(15.0, 14.0), (15.0, 25.0)])
+def test_tokens_that_are_all_but_certain_are_pulled_the_right_way(softcap, z):
+    check_confident(softcap, z, INTERPRETED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("softcap", "z"), [(15.0, 14.0), (15.0, 25.0)])
+def test_tokens_that_are_all_but_certain_are_pulled_the_right_way_on_a_gpu(softcap, z):
+    check_confident(softcap, z, None)
 
 
 @pytest.mark.gpu
