@@ -70,7 +70,7 @@ def loss_head(softcap: float, interpret: Any = None) -> Head:
 
     def end(z: Array) -> tuple[Array, Array]:
         tanh = jnp.tanh(z * (1 / softcap))
-        e = jnp.exp2(tanh * (softcap * LOG2E) - softcap * LOG2E)
+        e = _exponential(tanh, softcap)
         return e * (1 - tanh * tanh), e
 
     product = wgmma.Product("head_exponentials", end, (wgmma.Place(1, 0),), stages=5, slots=2, summed=True)
@@ -81,6 +81,11 @@ def loss_head(softcap: float, interpret: Any = None) -> Head:
         return Ended(x_BTD, ready.rows_VD, m_NV, s_N), x_BTD
 
     return Head(lambda w_DV: Ready(w_DV, w_DV.T), forward, _backward, functools.partial(_nats_and_gradient, tanh_of_targets))
+
+
+def _exponential(tanh: Array, softcap: float) -> Array:
+    """e of a capped logit."""
+    return jnp.exp2(tanh * (softcap * LOG2E) - softcap * LOG2E)
 
 
 def _hardware_tanh(x_N: Float[Array, " N"]) -> Float[Array, " N"]:
@@ -107,11 +112,10 @@ def _nats_and_gradient(tanh: Callable, ended: Ended, targets_BT: Int[Array, "B T
     valid_N, place_N = targets_N != IGNORED, jnp.maximum(targets_N, 0)
     z_N = jnp.einsum("ND,ND->N", x_BTD.reshape(-1, x_BTD.shape[-1]), rows_VD[place_N], preferred_element_type=jnp.float32)
     tanh_N = tanh(z_N * (1 / softcap))
-    shifted_N = softcap * tanh_N - softcap
-    d_N = ((jnp.exp(shifted_N) - s_N) * (1 - jnp.square(tanh_N))).astype(m_NV.dtype)
+    d_N = ((_exponential(tanh_N, softcap) - s_N) * (1 - jnp.square(tanh_N))).astype(m_NV.dtype)
     # Each token has one: no order to keep among them.
     m_NV = m_NV.at[jnp.arange(len(d_N)), place_N].set(d_N, indices_are_sorted=True, unique_indices=True, mode="promise_in_bounds")
-    nats_N = jnp.where(valid_N, jnp.log(s_N) - shifted_N, 0)
+    nats_N = jnp.where(valid_N, jnp.log(s_N) - softcap * (tanh_N - 1), 0)
     return nats_N.reshape(targets_BT.shape), Weighted(m_NV, jnp.where(valid_N, 1 / s_N, 0))
 
 
