@@ -153,11 +153,8 @@ def gate(preset: str, precision: str, softcap: str, *many: str) -> None:
     from nanojax.sizes import resolve
 
     config, smaller = load_preset(ROOT / f"configs/{preset}.py"), None
-    model, train = (
-        dataclasses.replace(config.model, softcap=float(softcap) or config.model.softcap),
-        dataclasses.replace(config.train, precision=precision),
-    )
-    config = dataclasses.replace(config, model=model, train=train)
+    model = dataclasses.replace(config.model, softcap=float(softcap) or config.model.softcap)
+    config = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, precision=precision))
     config = resolve(config, config.model.vocab_size)
     for hosts in map(int, many):
         grown = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_tokens=config.batch_tokens * hosts))
